@@ -1,0 +1,39 @@
+#include "kernels/cpu/losses.h"
+#include "kernels/cpu/loss_inputs.h"
+
+HQOD_MATH_BEGIN
+
+template <typename T, bool target_grad>
+struct BoxIoU {
+  using Inputs = BoxInputs<T, target_grad>;
+
+  explicit BoxIoU(const LossCall&) {}
+
+  HQOD_HD T loss(const Inputs& in, int64_t i) const { return in.overlap(i).iou; }
+
+  HQOD_HD void grad(Inputs& in, int64_t i, T g) const { in.set_grad(i, in.overlap(i), g); }
+};
+
+HQOD_MATH_END
+
+namespace hqod {
+
+void HQOD_KERNEL_NAME(box_iou_forward)(const LossCall& call, int64_t begin, int64_t end) {
+  with_type(call.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    loss_forward<S, BoxIoU<Compute<S>, false>>(call, begin, end);
+  });
+}
+
+void HQOD_KERNEL_NAME(box_iou_backward)(const LossCall& call, int64_t begin, int64_t end) {
+  with_type(call.dtype, [&](auto tag) {
+    using S = decltype(tag);
+    if (call.d_target != nullptr) {
+      loss_backward<S, BoxIoU<Compute<S>, true>>(call, begin, end);
+    } else {
+      loss_backward<S, BoxIoU<Compute<S>, false>>(call, begin, end);
+    }
+  });
+}
+
+}  // namespace hqod

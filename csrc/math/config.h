@@ -1,0 +1,23 @@
+// What every formula header stands on: host and device code, one namespace per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define HQOD_HD __host__ __device__ __forceinline__
+#else
+#define HQOD_HD inline __attribute__((always_inline))
+#endif
+
+// The CPU kernels are compiled once per instruction set, headers included. The inline namespace keeps
+// their functions apart, so that the linker never merges an AVX-512 body into the baseline.
+#ifndef HQOD_ISA
+#define HQOD_ISA portable
+#endif
+
+#define HQOD_MATH_BEGIN   \
+  namespace hqod {        \
+  inline namespace HQOD_ISA {
+#define HQOD_MATH_END \
+  }                   \
+  }

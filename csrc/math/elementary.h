@@ -1,0 +1,98 @@
+// exp, log, rounding and clamping, in a form that compilers turn into vector code.
+//
+// Branch-free and without table look-ups, so a loop over them vectorises. Float polynomials were
+// fitted to their interval by reweighted least squares; the errors named are relative.
+#pragma once
+
+#include "math/config.h"
+
+#ifdef __CUDACC__
+#include <cuda_runtime.h>
+#else
+#include <cmath>
+#endif
+
+HQOD_MATH_BEGIN
+
+template <typename T>
+HQOD_HD T clamp_nan(T x, T low, T high) {  // NaN stays NaN
+  return x < low ? low : (x > high ? high : x);
+}
+
+template <typename T>
+HQOD_HD T at_least(T x, T low) {  // NaN stays NaN
+  return x < low ? low : x;
+}
+
+HQOD_HD double exp_of(double x) { return ::exp(x); }
+HQOD_HD double log_of(double x) { return ::log(x); }
+
+// exp(x), 1e-7, for x <= 88; below -87 it stays at exp(-87), a normal number. NaN stays NaN.
+HQOD_HD float exp_of(float x) {
+#ifdef __CUDA_ARCH__
+  return ::expf(x);
+#else
+  x = clamp_nan(x, -87.0f, 88.0f);
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const float shifted = x * 1.44269504f + magic;
+  const float n = shifted - magic;
+  const float r = (x - n * 0.693145752f) - n * 1.42860677e-06f;  // ln 2 in two parts
+  float p = 0.00138146f;
+  p = p * r + 0.00836871564f;
+  p = p * r + 0.041668389f;
+  p = p * r + 0.166665211f;
+  p = p * r + 0.49999994f;
+  p = p * (r * r) + r + 1.0f;
+  const uint32_t bits = (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23;
+  return p * __builtin_bit_cast(float, bits);
+#endif
+}
+
+// log(x), 1e-7, for positive normal x. NaN stays NaN.
+HQOD_HD float log_of(float x) {
+#ifdef __CUDA_ARCH__
+  return ::logf(x);
+#else
+  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const int32_t e = static_cast<int32_t>(bits - 0x3f2aaaabu) >> 23;  // mantissa in [2/3, 4/3)
+  const float m = __builtin_bit_cast(float, bits - (static_cast<uint32_t>(e) << 23));
+  const float f = m - 1.0f, ef = static_cast<float>(e), f2 = f * f;
+  float p = -0.128936529f;
+  p = p * f + 0.139864802f;
+  p = p * f - 0.12183854f;
+  p = p * f + 0.140054896f;
+  p = p * f - 0.166805133f;
+  p = p * f + 0.200104266f;
+  p = p * f - 0.249997973f;
+  p = p * f + 0.333332151f;
+  const float tail = p * f2 * f + (ef * 1.42860677e-06f - 0.5f * f2);
+  return ((x - x) + ef * 0.693145752f) + (f + tail);  // x - x carries NaN
+#endif
+}
+
+template <typename T>
+struct Sigmoid {
+  T value, slope;  // slope = value * (1 - value), without cancellation
+};
+
+template <typename T>
+HQOD_HD Sigmoid<T> sigmoid(T z) {
+  const T t = exp_of(z < 0 ? z : -z);
+  const T inverse = T(1) / (T(1) + t);
+  return {z < 0 ? t * inverse : inverse, t * inverse * inverse};
+}
+
+// Round half to even.
+HQOD_HD double round_even(double x) { return ::rint(x); }
+
+HQOD_HD float round_even(float x) {
+#if defined(__CUDA_ARCH__) || defined(__SSE4_1__) || !defined(__SSE2__)
+  return ::rintf(x);
+#else  // plain SSE2 has no rounding instruction: 2^23 pushes the fraction out
+  const float magnitude = __builtin_fabsf(x), big = 8388608.0f;
+  const float rounded = __builtin_copysignf((magnitude + big) - big, x);
+  return magnitude < big ? rounded : x;
+#endif
+}
+
+HQOD_MATH_END

@@ -1,0 +1,55 @@
+// harmonious_iou_loss on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "kernels/cpu/losses.h"
+#include "ops/loss.h"
+
+namespace hqod {
+namespace {
+
+LossBuilder prepare(const Tensor& pred, const Tensor& target, const std::optional<Tensor>& weight,
+                    double alpha, double gamma) {
+  LossBuilder b("pred", pred, pred.numel() / 4);
+  b.boxes("pred", pred, "target", target);
+  if (weight.has_value()) {
+    check_per_box("weight", *weight, pred);
+    check_float_beside("weight", *weight, pred);
+  }
+  b.weight(weight);
+  b.call.alpha = alpha;
+  b.call.gamma = gamma;
+  return b;
+}
+
+Tensor harmonious_iou_loss(const Tensor& pred,                   // [..., 4]
+                           const Tensor& target,                 // [..., 4]
+                           const std::optional<Tensor>& weight,  // [...]
+                           double alpha, double gamma, int64_t reduction) {
+  LossBuilder b = prepare(pred, target, weight, alpha, gamma);
+  return b.forward(HQOD_KERNEL(harmonious_iou_forward), pred, pred.dim() - 1, reduction,
+                   std::nullopt);
+}
+
+std::tuple<Tensor, Tensor> harmonious_iou_loss_backward(
+    const Tensor& grad,                   // [...] or []
+    const Tensor& pred,                   // [..., 4]
+    const Tensor& target,                 // [..., 4]
+    const std::optional<Tensor>& weight,  // [...]
+    double alpha, double gamma, int64_t reduction, int64_t wanted) {
+  LossBuilder b = prepare(pred, target, weight, alpha, gamma);
+  b.upstream(grad, reduction, std::nullopt);
+  Tensor d_pred = b.wanted(wanted & kFirst, pred, b.call.d_pred);
+  Tensor d_target = b.wanted(wanted & kSecond, target, b.call.d_target);
+  b.backward(HQOD_KERNEL(harmonious_iou_backward));
+  return {d_pred, d_target};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hqod, CPU, m) {
+  m.impl("harmonious_iou_loss", TORCH_BOX(&harmonious_iou_loss));
+  m.impl("_harmonious_iou_loss_backward", TORCH_BOX(&harmonious_iou_loss_backward));
+}
+
+}  // namespace
+}  // namespace hqod

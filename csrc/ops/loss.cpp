@@ -1,0 +1,112 @@
+#include "ops/loss.h"
+
+#include <memory>
+
+#include "ops/allocate.h"
+
+namespace hqod {
+namespace {
+
+constexpr int64_t kGrain = 2;  // chunks below which a second thread costs more than it brings
+
+void for_chunks(LossKernel kernel, const LossCall& call) {
+  const int64_t chunks = (call.count + kLossChunk - 1) / kLossChunk;
+  if (chunks <= kGrain) {
+    kernel(call, 0, chunks);
+  } else {
+    torch::stable::parallel_for(0, chunks, kGrain,
+                                [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+  }
+}
+
+template <typename T>
+void write_scalar(const Tensor& out, double value) {
+  *static_cast<T*>(out.mutable_data_ptr()) = static_cast<T>(value);
+}
+
+}  // namespace
+
+LossBuilder::LossBuilder(const char* op, const Tensor& like, int64_t count) {
+  call.dtype = dtype_of(op, like);
+  call.count = count;
+}
+
+const void* LossBuilder::keep(const Tensor& x) {
+  if (x.is_contiguous()) return x.const_data_ptr();
+  kept_[kept_count_] = torch::stable::contiguous(x);
+  return kept_[kept_count_++]->const_data_ptr();
+}
+
+void LossBuilder::boxes(const char* name1, const Tensor& boxes1, const char* name2,
+                        const Tensor& boxes2) {
+  check_boxes(name1, boxes1, name2, boxes2);
+  call.pred = keep(boxes1);
+  call.target = keep(boxes2);
+}
+
+void LossBuilder::scores(const Tensor& scores) { call.scores = keep(scores); }
+
+void LossBuilder::ious(const Tensor& ious) { call.ious = keep(ious); }
+
+void LossBuilder::weight(const std::optional<Tensor>& weight) {
+  if (!weight.has_value()) return;
+  call.weight_dtype = dtype_of("weight", *weight);
+  call.weight = keep(*weight);
+}
+
+double LossBuilder::factor(int64_t reduction, std::optional<double> avg_factor) const {
+  if (reduction != static_cast<int64_t>(Reduction::kMean)) return 1.0;
+  if (avg_factor.has_value()) return 1.0 / *avg_factor;
+  return 1.0 / static_cast<double>(call.count > 0 ? call.count : 1);
+}
+
+Tensor LossBuilder::forward(LossKernel kernel, const Tensor& like, int64_t dim, int64_t reduction,
+                            std::optional<double> avg_factor) {
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0 (none), 1 or 2");
+  const ScalarType type = compute_type(like);
+  if (reduction == static_cast<int64_t>(Reduction::kNone)) {
+    Tensor loss = empty_contiguous(like, dim, type);
+    call.loss = loss.mutable_data_ptr();
+    for_chunks(kernel, call);
+    return loss;
+  }
+  constexpr int64_t kInline = 64;
+  double inline_sums[kInline];
+  const int64_t chunks = (call.count + kLossChunk - 1) / kLossChunk;
+  std::unique_ptr<double[]> more;
+  if (chunks > kInline) more = std::make_unique_for_overwrite<double[]>(chunks);
+  call.partial_sums = chunks > kInline ? more.get() : inline_sums;
+  for_chunks(kernel, call);
+  double sum = 0;
+  for (int64_t i = 0; i < chunks; ++i) sum += call.partial_sums[i];
+  sum *= factor(reduction, avg_factor);
+  Tensor loss = empty_contiguous(like, 0, type);
+  type == ScalarType::Double ? write_scalar<double>(loss, sum) : write_scalar<float>(loss, sum);
+  return loss;
+}
+
+void LossBuilder::upstream(const Tensor& grad, int64_t reduction,
+                           std::optional<double> avg_factor) {
+  const ScalarType type = call.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(grad.scalar_type() == type, "grad: expected the dtype of the loss");
+  bool one_value = grad.numel() > 0;
+  for (int64_t d = 0; d < grad.dim(); ++d) one_value &= grad.stride(d) == 0 || grad.size(d) == 1;
+  const int64_t expected = reduction == static_cast<int64_t>(Reduction::kNone) ? call.count : 1;
+  STD_TORCH_CHECK(grad.numel() == expected, "grad: expected the shape of the loss");
+  call.grad_is_scalar = one_value;  // a reduced loss, or an expanded gradient
+  call.grad = one_value ? grad.const_data_ptr() : keep(grad);
+  call.factor = factor(reduction, avg_factor);
+}
+
+Tensor LossBuilder::wanted(bool is_wanted, const Tensor& input, void*& data) {
+  if (!is_wanted) return no_gradient(input);
+  Tensor gradient = empty_contiguous(input, input.dim(), input.scalar_type());
+  data = gradient.mutable_data_ptr();
+  return gradient;
+}
+
+void LossBuilder::backward(LossKernel kernel) {
+  if (call.d_pred || call.d_target || call.d_scores || call.d_ious) for_chunks(kernel, call);
+}
+
+}  // namespace hqod

@@ -1,0 +1,58 @@
+// tcorr_loss on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "kernels/cpu/losses.h"
+#include "ops/loss.h"
+
+namespace hqod {
+namespace {
+
+LossBuilder prepare(const Tensor& scores, const Tensor& ious, const std::optional<Tensor>& weight,
+                    bool logits, int64_t variant) {
+  LossBuilder b("scores", scores, scores.numel());
+  STD_TORCH_CHECK(same_shape(scores, ious), "scores and ious: expected one shape");
+  check_alike("ious", ious, "scores", scores);
+  b.scores(scores);
+  b.ious(ious);
+  if (weight.has_value()) {
+    STD_TORCH_CHECK(same_shape(scores, *weight), "weight: expected one value a score");
+    STD_TORCH_CHECK(weight->device() == scores.device(), "weight: expected the device of scores");
+    check_float_beside("weight", *weight, scores);
+  }
+  b.weight(weight);
+  b.call.logits = logits;
+  b.call.variant = static_cast<int>(variant);
+  return b;
+}
+
+Tensor tcorr_loss(const Tensor& scores,                 // [...]
+                  const Tensor& ious,                   // [...]
+                  const std::optional<Tensor>& weight,  // [...]
+                  bool logits, int64_t variant, int64_t reduction) {
+  LossBuilder b = prepare(scores, ious, weight, logits, variant);
+  return b.forward(HQOD_KERNEL(tcorr_forward), scores, scores.dim(), reduction, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor> tcorr_loss_backward(const Tensor& grad,                   // [...] or []
+                                               const Tensor& scores,                 // [...]
+                                               const Tensor& ious,                   // [...]
+                                               const std::optional<Tensor>& weight,  // [...]
+                                               bool logits, int64_t variant, int64_t reduction,
+                                               int64_t wanted) {
+  LossBuilder b = prepare(scores, ious, weight, logits, variant);
+  b.upstream(grad, reduction, std::nullopt);
+  Tensor d_scores = b.wanted(wanted & kFirst, scores, b.call.d_scores);
+  Tensor d_ious = b.wanted(wanted & kSecond, ious, b.call.d_ious);
+  b.backward(HQOD_KERNEL(tcorr_backward));
+  return {d_scores, d_ious};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hqod, CPU, m) {
+  m.impl("tcorr_loss", TORCH_BOX(&tcorr_loss));
+  m.impl("_tcorr_loss_backward", TORCH_BOX(&tcorr_loss_backward));
+}
+
+}  // namespace
+}  // namespace hqod

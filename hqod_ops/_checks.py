@@ -1,0 +1,149 @@
+"""Checks of metadata, in front of every op: they name the argument, what was expected and what came.
+
+None of them reads a value, so none costs a device synchronisation. The native kernels repeat them
+for callers of ``torch.ops.hqod`` (``csrc/checks.h``), but can only raise RuntimeError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+VARIANTS = {"official": 0, "geometric": 1}
+
+
+def _floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: expected a floating point dtype (float32, float64, bfloat16, float16), "
+            f"got {x.dtype}"
+        )
+
+
+def _alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """x must have the dtype and the device of other."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+    if x.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {x.device}"
+        )
+
+
+def box_pair(name1: str, boxes1: Tensor, name2: str, boxes2: Tensor) -> None:
+    """Two sets of boxes [..., 4] of one shape, dtype and device."""
+    _floating(name1, boxes1)
+    _floating(name2, boxes2)
+    if boxes1.shape != boxes2.shape:
+        raise ValueError(
+            f"{name1} and {name2}: expected one shape, "
+            f"got {tuple(boxes1.shape)} and {tuple(boxes2.shape)}"
+        )
+    if boxes1.dim() == 0 or boxes1.shape[-1] != 4:
+        raise ValueError(f"{name1}: expected shape [..., 4], got {tuple(boxes1.shape)}")
+    _alike(name2, boxes2, name1, boxes1)
+
+
+def per_sample(name: str, x: Tensor, shape: torch.Size, other_name: str, other: Tensor) -> None:
+    """One value a sample, with the dtype and the device of other."""
+    _floating(name, x)
+    if x.shape != shape:
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)}, one value a sample of {other_name}, "
+            f"got {tuple(x.shape)}"
+        )
+    _alike(name, x, other_name, other)
+
+
+def sample_weight(weight: Tensor | None, shape: torch.Size, other_name: str, other: Tensor) -> None:
+    """An optional weight a sample; float32 is allowed beside half precision."""
+    if weight is None:
+        return
+    _floating("weight", weight)
+    if weight.shape != shape:
+        raise ValueError(
+            f"weight: expected shape {tuple(shape)}, one value a sample of {other_name}, "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.dtype != other.dtype and not (
+        weight.dtype == torch.float32 and other.dtype in (torch.bfloat16, torch.float16)
+    ):
+        raise TypeError(
+            f"weight: expected the dtype of {other_name}, {other.dtype}, got {weight.dtype}"
+        )
+    if weight.device != other.device:
+        raise ValueError(
+            f"weight: expected the device of {other_name}, {other.device}, got {weight.device}"
+        )
+
+
+def choice(name: str, value: object, allowed: dict[str, int]) -> int:
+    """The code of a named option."""
+    try:
+        return allowed[value]  # type: ignore[index]
+    except (KeyError, TypeError):
+        options = ", ".join(repr(option) for option in allowed)
+        raise ValueError(f"Invalid {name} {value!r}: expected one of {options}") from None
+
+
+def channel_axis(x: Tensor, ch_axis: int | None) -> int | None:
+    """ch_axis counted from the front."""
+    if ch_axis is None:
+        return None
+    if not -x.dim() <= ch_axis < x.dim():
+        raise IndexError(
+            f"ch_axis: expected a value in [{-x.dim()}, {x.dim() - 1}] "
+            f"for x of shape {tuple(x.shape)}, got {ch_axis}"
+        )
+    return ch_axis % x.dim()
+
+
+def quant_range(quant_min: int, quant_max: int) -> None:
+    """A range of codes that float32 holds exactly."""
+    if not (-(2**24) <= quant_min < quant_max <= 2**24):
+        raise ValueError(
+            "quant_min and quant_max: expected -2**24 <= quant_min < quant_max <= 2**24, "
+            f"got {quant_min} and {quant_max}"
+        )
+
+
+def quant_params(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, ch_axis: int | None
+) -> None:
+    """x with its scale and zero point: one value, or one a channel (ch_axis counted from the front)."""
+    _floating("x", x)
+    _floating("scale", scale)
+    expected = 1 if ch_axis is None else x.shape[ch_axis]
+    for name, param in (("scale", scale), ("zero_point", zero_point)):
+        if param is None:
+            continue
+        if param.numel() != expected:
+            what = "1 value (ch_axis is None)" if ch_axis is None else f"C = {expected} values"
+            raise ValueError(
+                f"{name}: expected {what} for x of shape {tuple(x.shape)} and ch_axis {ch_axis}, "
+                f"got {param.numel()}"
+            )
+        if param.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {param.device}")
+    if scale.dtype != x.dtype and not (
+        scale.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+    ):
+        raise TypeError(f"scale: expected the dtype of x, {x.dtype}, or float32 with a half x, "
+                        f"got {scale.dtype}")
+    if zero_point is not None and zero_point.dtype != scale.dtype:
+        raise TypeError(
+            f"zero_point: expected the dtype of scale, {scale.dtype}, or an integer dtype, "
+            f"got {zero_point.dtype}"
+        )
+
+
+def one_each(name: str, values: Sequence[object], xs: Sequence[Tensor]) -> None:
+    """A list that goes with xs."""
+    if len(values) != len(xs):
+        raise ValueError(f"{name}: expected one entry for each of the {len(xs)} xs, got {len(values)}")

@@ -1,0 +1,65 @@
+"""Checks of values, which cost a device synchronisation and therefore run on request only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_enabled = False
+
+
+def debug(enabled: bool = True) -> None:
+    """Switch the checks of values on or off, for every op and thread of the process.
+
+    With them on, an op raises ValueError when a box, a score or an IoU is not finite, when a box has
+    x2 < x1 or y2 < y1, and when a scale is not positive and finite. They read values back from the
+    device, so they are off by default, and they are skipped inside ``torch.compile``.
+
+    Args:
+        enabled (bool): whether to check values from now on.
+
+    Example:
+        >>> import torch, hqod_ops
+        >>> hqod_ops.debug(True)
+        >>> try:
+        ...     hqod_ops.fake_quant(torch.ones(3), torch.tensor(-1.0), quant_min=0, quant_max=15)
+        ... except ValueError as error:
+        ...     print(error)
+        scale: expected positive finite values, got -1.0 at index 0
+        >>> hqod_ops.debug(False)
+    """
+    global _enabled
+    _enabled = enabled
+
+
+def active() -> bool:
+    """Whether values are to be checked now."""
+    return _enabled and not torch.compiler.is_compiling()
+
+
+def _fail(name: str, expected: str, values: Tensor, bad: Tensor) -> None:
+    index = int(bad.reshape(-1).to(torch.uint8).argmax())
+    got = values.detach().reshape(bad.numel(), -1)[index].tolist()
+    raise ValueError(f"{name}: expected {expected}, got {got[0] if len(got) == 1 else got} "
+                     f"at index {index}")
+
+
+def boxes(name: str, values: Tensor) -> None:
+    """Finite boxes with x1 <= x2 and y1 <= y2."""
+    ordered = (values[..., 2:] >= values[..., :2]).all(-1) & values.isfinite().all(-1)
+    if not ordered.all():
+        _fail(name, "finite boxes (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2", values, ~ordered)
+
+
+def finite(name: str, values: Tensor) -> None:
+    """Finite values."""
+    good = values.isfinite()
+    if not good.all():
+        _fail(name, "finite values", values, ~good)
+
+
+def scale(values: Tensor) -> None:
+    """Positive finite scales."""
+    good = (values > 0) & values.isfinite()
+    if not good.all():
+        _fail("scale", "positive finite values", values, ~good)

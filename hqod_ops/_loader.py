@@ -1,0 +1,96 @@
+"""Finds and loads the native libraries, and says what to do when they are missing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from hqod_ops._version import __version__
+
+_HERE = Path(__file__).resolve().parent
+LIBRARIES = {"cpu": "libhqod_ops.so", "cuda": "libhqod_ops_cuda.so"}
+
+_errors: dict[str, str] = {}
+_backend_module: ModuleType | None = None
+
+
+class BackendError(ImportError):
+    """The native library of hqod_ops is missing or cannot be loaded."""
+
+
+def _load(kind: str) -> bool:
+    """Load one library; its failure is kept for the moment an op needs it."""
+    path = _HERE / "lib" / LIBRARIES[kind]
+    if not path.exists():
+        _errors[kind] = f"{path.name} is not installed"
+        return False
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        _errors[kind] = str(error)
+        return False
+    return True
+
+
+def _choose() -> ModuleType | None:
+    wanted = os.environ.get("HQOD_BACKEND", "native")
+    if wanted not in ("native", "reference"):
+        raise ValueError(f"HQOD_BACKEND: expected 'native' or 'reference', got {wanted!r}")
+    if wanted == "reference":
+        return importlib.import_module("hqod_ops.reference")
+    if not _load("cpu"):
+        return None
+    if torch.version.cuda is None:
+        _errors["cuda"] = "this torch is built without CUDA"
+    else:
+        _load("cuda")
+    return importlib.import_module("hqod_ops._register")
+
+
+def backend() -> Any:
+    """The module that runs the ops: the native one, or the reference when it was asked for.
+
+    Raises:
+        BackendError: the native library is missing; the message says what to do.
+    """
+    if _backend_module is None:
+        raise BackendError(
+            f"The native library of hqod_ops {__version__} cannot be loaded: {_errors['cpu']}.\n"
+            f"  torch {torch.__version__}, Python {sys.version.split()[0]}, {_HERE}\n"
+            "Reinstall it where a C++20 compiler is at hand:\n"
+            "  pip install --no-build-isolation --force-reinstall --no-deps .\n"
+            "or choose the slow plain PyTorch implementation: HQOD_BACKEND=reference"
+        )
+    return _backend_module
+
+
+def build_info() -> dict[str, str]:
+    """What is installed and in use: versions, backend, libraries, the CPU's instruction set.
+
+    Example:
+        >>> import hqod_ops
+        >>> hqod_ops.build_info()["hqod_ops"] == hqod_ops.__version__
+        True
+    """
+    info = {
+        "hqod_ops": __version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "backend": "none" if _backend_module is None else _backend_module.__name__.split(".")[-1],
+    }
+    info["backend"] = info["backend"].replace("_register", "native")
+    for kind, name in LIBRARIES.items():
+        loaded = info["backend"] == "native" and kind not in _errors
+        info[f"{kind} library"] = name if loaded else f"not loaded: {_errors.get(kind, 'not asked')}"
+    if info["backend"] == "native":
+        info["cpu isa"] = ("baseline", "avx2", "avx512")[torch.ops.hqod._cpu_isa()]
+    return info
+
+
+_backend_module = _choose()

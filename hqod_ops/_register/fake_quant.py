@@ -1,0 +1,201 @@
+"""fake_quant and fake_quant_foreach: fake kernels, autograd, calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqod_ops._register._autograd import differentiable, needs, register, through_op
+from hqod_ops._register._fake import fake_gradient
+
+_backward_op = torch.ops.hqod._fake_quant_backward.default
+_foreach_backward_op = torch.ops.hqod._fake_quant_foreach_backward.default
+
+
+@torch.library.register_fake("hqod::fake_quant")
+def _fake(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None,
+    grad_scale: float,
+    lsq_grad_scale: bool,
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("hqod::_fake_quant_backward")
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None,
+    grad_scale: float,
+    lsq_grad_scale: bool,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x) if wanted & 1 else x.new_empty(0),
+        fake_gradient(scale, wanted & 2),
+        fake_gradient(scale if zero_point is None else zero_point, wanted & 4),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.options = inputs[3:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = needs(ctx, 0, 1, 2)
+    dx, d_scale, d_zero = _backward_op(grad, *ctx.saved_tensors, *ctx.options, wanted)
+    return (
+        dx if wanted & 1 else None,
+        d_scale if wanted & 2 else None,
+        d_zero if wanted & 4 else None,
+        *[None] * 5,
+    )
+
+
+_call = differentiable("fake_quant", _setup_context, _backward)
+
+
+def _factor(grad_scale: float | str | None) -> tuple[float, bool]:
+    """The op's two arguments for a gradient scale: a factor, and whether LSQ's own is wanted."""
+    if grad_scale == "lsq":
+        return 1.0, True
+    return 1.0 if grad_scale is None else float(grad_scale), False
+
+
+def fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None = None,
+    grad_scale: float | str | None = None,
+) -> Tensor:
+    """See :func:`hqod_ops.fake_quant`."""
+    y: Tensor = _call(
+        x, scale, zero_point, quant_min, quant_max, ch_axis, *_factor(grad_scale)
+    )
+    return y
+
+
+@torch.library.register_fake("hqod::fake_quant_foreach")
+def _fake_foreach(
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor],
+    quant_min: Sequence[int],
+    quant_max: Sequence[int],
+    ch_axis: int | None,
+    grad_scale: float,
+    lsq_grad_scale: bool,
+) -> list[Tensor]:
+    return [torch.empty_like(x) for x in xs]
+
+
+@torch.library.register_fake("hqod::_fake_quant_foreach_backward")
+def _fake_foreach_backward(
+    grads: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor],
+    quant_min: Sequence[int],
+    quant_max: Sequence[int],
+    ch_axis: int | None,
+    grad_scale: float,
+    lsq_grad_scale: bool,
+    wanted: int,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    return (
+        [torch.empty_like(x) if wanted & 1 else x.new_empty(0) for x in xs],
+        [fake_gradient(scale, wanted & 2) for scale in scales],
+        [fake_gradient(zero, wanted & 4) for zero in (zero_points or scales)],
+    )
+
+
+def _foreach_gradients(
+    grads: Sequence[Tensor],
+    lists: Sequence[Sequence[Tensor]],
+    options: tuple[Any, ...],
+    needed: Sequence[Sequence[bool]],
+) -> list[list[Tensor | None]]:
+    """The gradients of xs, scales and zero points, None where not needed."""
+    wanted = sum(1 << bit for bit, flags in enumerate(needed) if any(flags))
+    results = _foreach_backward_op(list(grads), *(list(values) for values in lists), *options, wanted)
+    return [
+        [gradient if need else None for gradient, need in zip(gradients, flags, strict=False)]
+        for gradients, flags in zip(results, needed, strict=True)
+    ]
+
+
+def _setup_foreach(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    lists, ctx.options = inputs[:3], inputs[3:]
+    ctx.lengths = [len(values) for values in lists]
+    ctx.save_for_backward(*(tensor for values in lists for tensor in values))
+
+
+def _split(values: Sequence[Any], lengths: Sequence[int]) -> list[Sequence[Any]]:
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    return [values[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def _backward_foreach(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    lists = _split(ctx.saved_tensors, ctx.lengths)
+    gradients = _foreach_gradients(grads, lists, ctx.options, ctx.needs_input_grad[:3])
+    return *gradients, *[None] * 5
+
+
+register("fake_quant_foreach", _setup_foreach, _backward_foreach)
+_foreach_op = torch.ops.hqod.fake_quant_foreach.default
+
+
+class _Foreach(torch.autograd.Function):
+    """The lists flattened: autograd sees tensors among the arguments, not inside them."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, lengths: list[int], options: tuple[Any, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.lengths, ctx.options = lengths, options
+        ctx.save_for_backward(*tensors)
+        return tuple(_foreach_op(*(list(v) for v in _split(tensors, lengths)), *options))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        lists = _split(ctx.saved_tensors, ctx.lengths)
+        needed = _split(ctx.needs_input_grad[2:], ctx.lengths)
+        gradients = _foreach_gradients(grads, lists, ctx.options, needed)
+        return None, None, *(gradient for values in gradients for gradient in values)
+
+
+def fake_quant_foreach(
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor] | None = None,
+    *,
+    quant_min: Sequence[int],
+    quant_max: Sequence[int],
+    ch_axis: int | None = None,
+    grad_scale: float | str | None = None,
+) -> list[Tensor]:
+    """See :func:`hqod_ops.fake_quant_foreach`."""
+    lists = list(xs), list(scales), list(zero_points or ())
+    options = list(quant_min), list(quant_max), ch_axis, *_factor(grad_scale)
+    if through_op():
+        ys: list[Tensor] = _foreach_op(*lists, *options)
+        return ys
+    lengths = [len(values) for values in lists]
+    return list(_Foreach.apply(lengths, options, *(t for values in lists for t in values)))

@@ -1,0 +1,108 @@
+"""hqod_loss: fake kernel, autograd, call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqod_ops._checks import REDUCTIONS, VARIANTS
+from hqod_ops._register._autograd import differentiable, needs
+from hqod_ops._register._fake import fake_gradient, fake_loss
+
+_backward_op = torch.ops.hqod._hqod_loss_backward.default
+
+
+@torch.library.register_fake("hqod::hqod_loss")
+def _fake(
+    pred: Tensor,
+    target: Tensor,
+    scores: Tensor,
+    weight: Tensor | None,
+    logits: bool,
+    variant: int,
+    alpha: float,
+    gamma: float,
+    hiou_weight: float,
+    tcorr_weight: float,
+    reduction: int,
+    avg_factor: float | None,
+) -> Tensor:
+    return fake_loss(pred, pred.shape[:-1], reduction)
+
+
+@torch.library.register_fake("hqod::_hqod_loss_backward")
+def _fake_backward(
+    grad: Tensor,
+    pred: Tensor,
+    target: Tensor,
+    scores: Tensor,
+    weight: Tensor | None,
+    logits: bool,
+    variant: int,
+    alpha: float,
+    gamma: float,
+    hiou_weight: float,
+    tcorr_weight: float,
+    reduction: int,
+    avg_factor: float | None,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        fake_gradient(pred, wanted & 1),
+        fake_gradient(target, wanted & 2),
+        fake_gradient(scores, wanted & 4),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = needs(ctx, 0, 1, 2)
+    d_pred, d_target, d_scores = _backward_op(grad, *ctx.saved_tensors, *ctx.options, wanted)
+    return (
+        d_pred if wanted & 1 else None,
+        d_target if wanted & 2 else None,
+        d_scores if wanted & 4 else None,
+        *[None] * 9,
+    )
+
+
+_call = differentiable("hqod_loss", _setup_context, _backward)
+
+
+def hqod_loss(
+    pred: Tensor,
+    target: Tensor,
+    scores: Tensor,
+    *,
+    logits: bool = False,
+    alpha: float = 1.5,
+    gamma: float = 0.8,
+    variant: str = "official",
+    hiou_weight: float = 1.0,
+    tcorr_weight: float = 1.0,
+    weight: Tensor | None = None,
+    avg_factor: float | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """See :func:`hqod_ops.hqod_loss`."""
+    loss: Tensor = _call(
+        pred,
+        target,
+        scores,
+        weight,
+        logits,
+        VARIANTS[variant],
+        alpha,
+        gamma,
+        hiou_weight,
+        tcorr_weight,
+        REDUCTIONS[reduction],
+        avg_factor,
+    )
+    return loss

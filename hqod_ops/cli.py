@@ -1,0 +1,247 @@
+"""The ``hqod`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+FAILED = 1
+"""Exit code when training diverged."""
+
+BAD_INPUT = 2
+"""Exit code for a wrong option, path, setting or data set."""
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from hqod_ops.detection.report import aggregate, markdown, read_result
+    from hqod_ops.detection.train import CONFIG, Run
+
+    config = _run_config(arguments)
+    run = Run(config, arguments.runs, resume=arguments.resume)
+    if config.init and not arguments.resume:
+        print(f"Starting from {config.init}")
+    run.train(progress=not arguments.quiet)
+    print(markdown(aggregate([read_result(run.directory)])))
+    print(f"Settings, log, checkpoint and result: {(run.directory / CONFIG).parent}")
+    return 0
+
+
+def _run_config(arguments: argparse.Namespace) -> Any:
+    """Settings from, in this order, the stopped run, the recipe, --set, and the options."""
+    from hqod_ops.detection import config as settings
+    from hqod_ops.detection.engine import CHECKPOINT, read_checkpoint
+
+    values: dict[str, Any] = {}
+    if arguments.resume:
+        if arguments.name is None:
+            raise settings.ConfigError("--resume: expected --name of the run to resume")
+        checkpoint = arguments.runs / arguments.name / CHECKPOINT
+        if checkpoint.is_file():
+            values = read_checkpoint(checkpoint)["config"]
+    if arguments.recipe:
+        values = settings.merge(values, settings.read(arguments.recipe))
+    for text in arguments.set:
+        values = settings.merge(values, settings.assignment(text))
+    for name, value in (
+        ("name", arguments.name),
+        ("seed", arguments.seed),
+        ("init", arguments.init),
+        ("device", arguments.device),
+        ("data.source", arguments.data),
+        ("quant.bits", arguments.bits),
+        ("loss.hqod", arguments.hqod),
+        ("schedule.epochs", arguments.epochs),
+        ("schedule.batch_size", arguments.batch_size),
+        ("schedule.lr", arguments.lr),
+    ):
+        if value is not None:
+            nested: Any = value
+            for part in reversed(name.split(".")):
+                nested = {part: nested}
+            values = settings.merge(values, nested)
+    return settings.from_dict(settings.RunConfig, values)
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from hqod_ops.detection.config import ConfigError
+    from hqod_ops.detection.train import choose_device, evaluate, load_detector, open_data
+
+    model, config, categories = load_detector(arguments.checkpoint)
+    if arguments.data is not None:
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, source=arguments.data)
+        )
+    dataset = open_data(config.data, arguments.split or config.data.test_split)
+    if list(dataset.categories) != list(categories):
+        raise ConfigError(
+            f"--data: expected the {len(categories)} classes that the model was trained on, "
+            f"got {len(dataset.categories)} others"
+        )
+    model = model.to(choose_device(arguments.device or "auto"))
+    metrics, _ = evaluate(model, dataset, config, progress=not arguments.quiet)
+    for name, value in metrics.items():
+        print(f"{name:12} {value:.4f}" if isinstance(value, float) else f"{name:12} {value}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from hqod_ops.detection.demo import LENGTHS, run_demo
+
+    length = next((name for name in LENGTHS if getattr(arguments, name, False)), "standard")
+    run_demo(
+        arguments.runs,
+        LENGTHS[length],
+        name=arguments.name or ("demo" if length == "standard" else f"demo-{length}"),
+        seeds=arguments.seeds,
+        progress=not arguments.quiet,
+    )
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from hqod_ops.detection.report import write_report
+
+    print(write_report(arguments.run, arguments.output))
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import importlib.metadata
+
+    import torch
+
+    import hqod_ops
+
+    information = hqod_ops.build_info()
+    try:
+        information["torchvision"] = importlib.metadata.version("torchvision")
+    except importlib.metadata.PackageNotFoundError:
+        information["torchvision"] = "not installed; hqod_ops.detection needs it"
+    information["threads"] = str(torch.get_num_threads())
+    if torch.version.cuda is None:
+        information["cuda"] = "no: this torch is built without CUDA"
+    elif not torch.cuda.is_available():
+        information["cuda"] = f"no: torch has CUDA {torch.version.cuda}, but finds no usable GPU"
+    else:
+        names = ", ".join(
+            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+        )
+        information["cuda"] = f"{torch.version.cuda}: {names}"
+    width = max(map(len, information))
+    for key, value in information.items():
+        print(f"{key:{width}}  {value}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hqod", description="Train, quantize and evaluate detectors with the HQOD losses."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], summary: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(command=run, hint="")
+        return sub
+
+    def shared(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--quiet", action="store_true", help="no progress bars")
+        sub.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
+
+    train = command("train", _train, "Train a detector, in floating point or quantized.")
+    train.add_argument("--data", metavar="digits|PATH", help="data set; a path: COCO or VOC layout")
+    train.add_argument("--name", help="directory of the run, below --runs")
+    train.add_argument("--recipe", metavar="FILE", help="settings, TOML or JSON")
+    train.add_argument("--epochs", type=_positive, metavar="N")
+    train.add_argument("--batch-size", type=_positive, metavar="N")
+    train.add_argument("--lr", type=float, metavar="RATE", help="highest learning rate")
+    train.add_argument("--bits", type=int, metavar="B", help="2 to 8; 0: floating point")
+    train.add_argument(
+        "--hqod", action=argparse.BooleanOptionalAction, default=None, help="add the HQOD losses"
+    )
+    train.add_argument("--init", metavar="CHECKPOINT", help="weights of a float run to start from")
+    train.add_argument("--seed", type=int, metavar="S")
+    train.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="TABLE.SETTING=VALUE", help="any setting"
+    )
+    train.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs")
+    train.add_argument("--resume", action="store_true", help="continue the run of this name")
+    train.set_defaults(hint="; to continue: hqod train --resume --name {name} --runs {runs}")
+    shared(train)
+
+    evaluate = command("eval", _eval, "Evaluate a checkpoint.")
+    evaluate.add_argument("checkpoint", type=Path, help="checkpoint, or directory of a run")
+    evaluate.add_argument("--data", metavar="digits|PATH", help="default: the data of the run")
+    evaluate.add_argument("--split", help="default: the test split of the run")
+    evaluate.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
+    shared(evaluate)
+
+    demo = command("demo", _demo, "FP32, then 4 and 2 bits with and without HQOD, on digits.")
+    length = demo.add_mutually_exclusive_group()
+    length.add_argument("--quick", action="store_true", help="under a minute: shows that it works")
+    length.add_argument("--full", action="store_true", help="longer: the numbers worth quoting")
+    demo.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="S")
+    demo.add_argument("--name", help="directory of the demo, below --runs")
+    demo.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs")
+    demo.set_defaults(hint="; the same command continues")
+    shared(demo)
+
+    report = command("report", _report, "A table over finished runs: mean and deviation over seeds.")
+    report.add_argument("run", nargs="+", type=Path, help="directories of runs, or above them")
+    report.add_argument("--output", type=Path, metavar="DIRECTORY", help="write report.md and .json")
+
+    command("info", _info, "Versions, libraries, instruction set, CUDA or why not.")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; errors in what the user gave are one line.
+
+    Args:
+        argv (sequence of str, optional): the arguments. Default: None, those of the process
+
+    Returns:
+        int: exit code: 0, 2 for bad input, 130 after Ctrl-C.
+    """
+    from hqod_ops.detection.config import ConfigError
+    from hqod_ops.detection.data import DataError
+
+    arguments = _parser().parse_args(argv)
+    if getattr(arguments, "threads", None):
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+    try:
+        return int(arguments.command(arguments))
+    except KeyboardInterrupt as stop:
+        where = f" ({stop})" if str(stop) else ""
+        print(f"hqod: interrupted{where}{arguments.hint.format(**vars(arguments))}", file=sys.stderr)
+        return INTERRUPTED
+    except (ConfigError, DataError, ImportError, OSError) as error:
+        print(f"hqod: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except FloatingPointError as error:
+        print(f"hqod: {error}", file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

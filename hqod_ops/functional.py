@@ -1,0 +1,450 @@
+"""The documented contract of every op: it checks, then makes one call into the backend.
+
+The formulas are in :mod:`hqod_ops.reference` (plain PyTorch) and ``csrc/math`` (native).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hqod_ops import _checks, _debug
+from hqod_ops._loader import backend as _backend
+from hqod_ops.reference import _reduce
+
+_HALF = (torch.bfloat16, torch.float16)
+_Maybe = TypeVar("_Maybe", Tensor, "Tensor | None")
+
+
+def _widen(x: _Maybe) -> _Maybe:
+    return x.float() if x is not None and x.dtype in _HALF else x
+
+
+def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """Intersection over union of corresponding boxes.
+
+    ``iou = inter / max(area1 + area2 - inter, 1e-6)``, with sides clamped at 0, so that an inverted
+    box has area 0. No copy of all pairs is made: row i of one set meets row i of the other.
+
+    Args:
+        boxes1 (Tensor[..., 4]): boxes as (x1, y1, x2, y2), in pixels or any other unit.
+        boxes2 (Tensor[..., 4]): as many boxes, of the same dtype and device.
+
+    Returns:
+        Tensor[...]: values in [0, 1]; float32 for half inputs, else the dtype of the inputs.
+
+    Raises:
+        ValueError: shapes differ, the last dimension is not 4, or devices differ.
+        TypeError: a dtype is not floating point, or the dtypes differ.
+
+    Gradient: to both sets. Where two edges tie, each gets half; a side of length 0 passes gradient;
+    a union below 1e-6 is a constant.
+
+    Source: the IoU of the HQOD code (``max(union, 1e-6)``, no +1 convention).
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import aligned_box_iou
+        >>> aligned_box_iou(torch.tensor([[0., 0., 2., 2.]]), torch.tensor([[1., 0., 3., 2.]]))
+        tensor([0.3333])
+    """
+    if torch.is_autocast_enabled(boxes1.device.type):
+        boxes1, boxes2 = _widen(boxes1), _widen(boxes2)
+    _checks.box_pair("boxes1", boxes1, "boxes2", boxes2)
+    if _debug.active():
+        _debug.boxes("boxes1", boxes1)
+        _debug.boxes("boxes2", boxes2)
+    return _backend().aligned_box_iou(boxes1, boxes2)
+
+
+def harmonious_iou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.5,
+    gamma: float = 0.8,
+    weight: Tensor | None = None,
+    reduction: str = "none",
+) -> Tensor:
+    """Harmonious IoU loss (HIoU): a box loss balanced over IoU levels.
+
+    ``loss = alpha * (1 - iou) * (1 + iou) ** gamma``: compared with ``1 - iou``, boxes that already
+    overlap well weigh more, and keep a gradient of -2.6 at IoU 1, where the plain loss has -1.
+
+    Args:
+        pred (Tensor[..., 4]): predicted boxes (x1, y1, x2, y2), in pixels or any other unit.
+        target (Tensor[..., 4]): their ground truth, of the same dtype and device.
+        alpha (float): overall factor. Default: 1.5
+        gamma (float): balance; 0 gives ``alpha * (1 - iou)``. Default: 0.8
+        weight (Tensor[...], optional): one factor a box. Default: None, all 1
+        reduction (str): ``"none"``, ``"sum"`` or ``"mean"`` (the sum over the number of boxes; 0 for
+            none). Default: ``"none"``
+
+    Returns:
+        Tensor[...] or Tensor[]: float32 for half inputs, else the dtype of the inputs.
+
+    Raises:
+        ValueError: shapes differ, the last dimension is not 4, devices differ, unknown reduction.
+        TypeError: a dtype is not floating point, or the dtypes differ.
+
+    Gradient: to pred and target (as in :func:`aligned_box_iou`) and weight; differentiable once.
+
+    Source: HQOD (arXiv:2408.02561), after the HIoU of HarDet (arXiv:2108.10809).
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import harmonious_iou_loss
+        >>> pred = torch.tensor([[0., 0., 2., 2.]], requires_grad=True)
+        >>> loss = harmonious_iou_loss(pred, torch.tensor([[1., 0., 3., 2.]]), reduction="mean")
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        1.2588
+    """
+    if torch.is_autocast_enabled(pred.device.type):
+        pred, target, weight = _widen(pred), _widen(target), _widen(weight)
+    _checks.box_pair("pred", pred, "target", target)
+    _checks.sample_weight(weight, pred.shape[:-1], "pred", pred)
+    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    if _debug.active():
+        _debug.boxes("pred", pred)
+        _debug.boxes("target", target)
+    if weight is not None and weight.requires_grad:
+        loss = _backend().harmonious_iou_loss(pred, target, alpha=alpha, gamma=gamma)
+        return _reduce(loss, weight, reduction)
+    return _backend().harmonious_iou_loss(
+        pred, target, alpha=alpha, gamma=gamma, weight=weight, reduction=reduction
+    )
+
+
+def tcorr_loss(
+    scores: Tensor,
+    ious: Tensor,
+    *,
+    logits: bool = False,
+    variant: str = "official",
+    weight: Tensor | None = None,
+    reduction: str = "none",
+) -> Tensor:
+    """Task-correlation loss (TCorr): ties the class score p of a positive sample to its box's IoU u.
+
+    ``loss = (1 + sg|p - u|) * (exp(-C) - exp(-1))``, where sg stops the gradient and the agreement C
+    of score and IoU is, with e = 2.2e-16,
+
+    - ``"official"``: ``(p + e)**u * (u + e)**p - e``, as published. Beside p = u = 1 it has a second
+      optimum at p = u = 0, and it lowers p on 39 % of the unit square.
+    - ``"geometric"``: ``sqrt((p + e) * (u + e))``, which grows with both: the only optimum is
+      p = u = 1, and score and IoU are always raised, the worse of the two with more force.
+
+    Args:
+        scores (Tensor[...]): score of the ground-truth class, clamped into [0, 1]; with
+            ``logits=True`` its logit.
+        ious (Tensor[...]): IoU of the predicted box with its target, clamped into [0, 1]; the same
+            shape, dtype and device.
+        logits (bool): fuse the sigmoid. Safer than ``scores.sigmoid()``: the gradient to a logit
+            stays below 0.27 where that to a score reaches 4e4. Default: False
+        variant (str): ``"official"`` or ``"geometric"``. Default: ``"official"``
+        weight (Tensor[...], optional): one factor a sample. Default: None, all 1
+        reduction (str): ``"none"``, ``"sum"`` or ``"mean"`` (the sum over the number of samples; 0
+            for none). Default: ``"none"``
+
+    Returns:
+        Tensor[...] or Tensor[]: values in [0, 1.2643]; float32 for half inputs, else their dtype.
+
+    Raises:
+        ValueError: shapes or devices differ, unknown reduction or variant.
+        TypeError: a dtype is not floating point, or the dtypes differ.
+
+    Gradient: to scores, ious and weight; differentiable once. ``|p - u|`` is a constant. Below 1e-6
+    the derivative of ``log(x + e)`` is held at 1e6 (for a logit it needs no guard), so that the
+    corners of the unit square have finite gradients in every dtype. NaN propagates.
+
+    Source: HQOD (arXiv:2408.02561) and its code; ``"geometric"`` is ours.
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import tcorr_loss
+        >>> tcorr_loss(torch.tensor([0.9, 0.2]), torch.tensor([0.9, 0.9]))
+        tensor([0.0691, 0.6078])
+    """
+    if torch.is_autocast_enabled(scores.device.type):
+        scores, ious, weight = _widen(scores), _widen(ious), _widen(weight)
+    _checks.per_sample("ious", ious, scores.shape, "scores", scores)
+    _checks.sample_weight(weight, scores.shape, "scores", scores)
+    _checks.choice("variant", variant, _checks.VARIANTS)
+    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    if _debug.active():
+        _debug.finite("scores", scores)
+        _debug.finite("ious", ious)
+    if weight is not None and weight.requires_grad:
+        loss = _backend().tcorr_loss(scores, ious, logits=logits, variant=variant)
+        return _reduce(loss, weight, reduction)
+    return _backend().tcorr_loss(
+        scores, ious, logits=logits, variant=variant, weight=weight, reduction=reduction
+    )
+
+
+def hqod_loss(
+    pred: Tensor,
+    target: Tensor,
+    scores: Tensor,
+    *,
+    logits: bool = False,
+    alpha: float = 1.5,
+    gamma: float = 0.8,
+    variant: str = "official",
+    hiou_weight: float = 1.0,
+    tcorr_weight: float = 1.0,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The two losses that HQOD adds for positive samples, fused into one pass.
+
+    ``loss = hiou_weight * HIoU(iou) + tcorr_weight * TCorr(p, iou)`` with ``iou`` of pred and target:
+    :func:`harmonious_iou_loss` and :func:`tcorr_loss` over :func:`aligned_box_iou`, without their
+    intermediate tensors. Add it to a detector's box loss, over its positive samples.
+
+    Args:
+        pred (Tensor[..., 4]): decoded boxes (x1, y1, x2, y2), in pixels of the network input.
+        target (Tensor[..., 4]): their ground truth, of the same dtype and device.
+        scores (Tensor[...]): score of the ground-truth class; its logit with ``logits=True``.
+        logits (bool): fuse the sigmoid. Default: False
+        alpha (float), gamma (float): see :func:`harmonious_iou_loss`. Default: 1.5, 0.8
+        variant (str): see :func:`tcorr_loss`. Default: ``"official"``
+        hiou_weight (float), tcorr_weight (float): factors of the two terms. Default: 1.0, 1.0
+        weight (Tensor[...], optional): one factor a sample. Default: None, all 1
+        avg_factor (float or Tensor[], optional): what ``"mean"`` divides the sum by, such as the
+            number of positives over all ranks. Default: None, the number of samples
+        reduction (str): ``"none"``, ``"sum"`` or ``"mean"``. Default: ``"mean"``
+
+    Returns:
+        Tensor[] or Tensor[...]: float32 for half inputs, else the dtype of the inputs. No sample: 0,
+        with zero gradients.
+
+    Raises:
+        ValueError: shapes differ, the last dimension of the boxes is not 4, devices differ, unknown
+            reduction or variant, avg_factor without ``reduction="mean"``.
+        TypeError: a dtype is not floating point, or the dtypes differ.
+
+    Gradient: to pred, target, scores, weight and a tensor avg_factor; differentiable once. It is
+    recomputed from the inputs, so nothing else is kept for the backward pass.
+
+    Source: HQOD (arXiv:2408.02561).
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import hqod_loss
+        >>> pred = torch.tensor([[12., 13., 52., 49.]], requires_grad=True)
+        >>> loss = hqod_loss(pred, torch.tensor([[10., 10., 50., 50.]]), torch.tensor([0.8]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), [round(g, 4) for g in pred.grad[0].tolist()]
+        (0.5662, [0.0537, 0.0543, 0.0439, -0.0543])
+    """
+    if torch.is_autocast_enabled(pred.device.type):
+        pred, target, scores = _widen(pred), _widen(target), _widen(scores)
+        weight = _widen(weight)
+    _checks.box_pair("pred", pred, "target", target)
+    shape = pred.shape[:-1]
+    _checks.per_sample("scores", scores, shape, "pred", pred)
+    _checks.sample_weight(weight, shape, "pred", pred)
+    _checks.choice("variant", variant, _checks.VARIANTS)
+    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    if avg_factor is not None and reduction != "mean":
+        raise ValueError(f'avg_factor: expected reduction="mean" with it, got {reduction!r}')
+    if _debug.active():
+        _debug.boxes("pred", pred)
+        _debug.boxes("target", target)
+        _debug.finite("scores", scores)
+    fused_weight, fused_avg, fused_reduction = weight, avg_factor, reduction
+    if weight is not None and weight.requires_grad:
+        fused_weight, fused_avg, fused_reduction = None, None, "none"
+    elif isinstance(avg_factor, Tensor):
+        fused_avg, fused_reduction = None, "sum"
+    loss = _backend().hqod_loss(
+        pred,
+        target,
+        scores,
+        logits=logits,
+        alpha=alpha,
+        gamma=gamma,
+        variant=variant,
+        hiou_weight=hiou_weight,
+        tcorr_weight=tcorr_weight,
+        weight=fused_weight,
+        avg_factor=fused_avg,
+        reduction=fused_reduction,
+    )
+    if fused_reduction == reduction:
+        return loss
+    if fused_reduction == "sum":
+        return loss / avg_factor
+    return _reduce(loss, weight, reduction, avg_factor)
+
+
+def _float_zero_point(zero_point: Tensor | None, scale: Tensor) -> Tensor | None:
+    """An integer zero point in the dtype of the scale."""
+    if zero_point is None or zero_point.dtype.is_floating_point or zero_point.dtype.is_complex:
+        return zero_point
+    return zero_point.to(scale.dtype)
+
+
+def _grad_scale(grad_scale: float | str | None) -> float | str:
+    if grad_scale is None:
+        return 1.0
+    if isinstance(grad_scale, str) and grad_scale != "lsq":
+        raise ValueError(f'Invalid grad_scale {grad_scale!r}: expected a float, "lsq" or None')
+    return grad_scale
+
+
+def fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None = None,
+    grad_scale: float | str | None = None,
+) -> Tensor:
+    """Quantize and dequantize, with gradients to x, the scale and the zero point (LSQ, LSQ+).
+
+    ``q = clamp(round(x / scale) + round(zero_point), quant_min, quant_max)`` and
+    ``y = (q - round(zero_point)) * scale``, rounding half to even, with a true division, as ONNX
+    defines QuantizeLinear and DequantizeLinear.
+
+    Args:
+        x (Tensor[*]): weights or activations, any dense layout; y keeps it.
+        scale (Tensor[1] or Tensor[C]): step size, in units of x; C is the size of ``ch_axis``. The
+            dtype of x, or float32 with a half x. A non-positive scale is not rejected: see
+            :func:`hqod_ops.debug`.
+        zero_point (Tensor[1] or Tensor[C], optional): code of the value 0, with the dtype of scale
+            (learned) or an integer dtype (fixed). Default: None, symmetric
+        quant_min (int), quant_max (int): the codes' range, such as -8 and 7 or 0 and 15.
+        ch_axis (int, optional): axis with a scale of its own for every index; may be negative.
+            Default: None, one scale for all
+        grad_scale (float or str, optional): factor of the gradients to scale and zero point;
+            ``"lsq"`` is 1 / sqrt(x.numel() / C * quant_max). Default: None, 1
+
+    Returns:
+        Tensor[*]: the shape, dtype and layout of x. NaN stays NaN.
+
+    Raises:
+        ValueError: wrong number of scales or zero points, devices differ, quant_min >= quant_max.
+        TypeError: a dtype is not floating point, or the dtypes do not fit.
+        IndexError: ch_axis is out of range.
+
+    Gradient: straight-through. With code ``c = round(x / s) + round(z)`` before the clamp: inside
+    the range ``dx = dy``, ``ds = (q - z - x / s) dy``, ``dz = 0``; outside ``dx = 0``,
+    ``ds = (q - z) dy``, ``dz = -s dy``; ds and dz are summed over their elements and multiplied by
+    grad_scale. They are recomputed from x in one pass; differentiable once. A scale that requires
+    no gradient costs no reduction.
+
+    Source: LSQ (arXiv:1902.08153), LSQ+ (arXiv:2004.09576).
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import fake_quant
+        >>> x = torch.tensor([-1.2, -0.3, 0.26, 1.5], requires_grad=True)
+        >>> scale = torch.tensor(0.4, requires_grad=True)
+        >>> y = fake_quant(x, scale, quant_min=-2, quant_max=1)
+        >>> y.sum().backward()
+        >>> y, x.grad, scale.grad
+        (tensor([-0.8000, -0.4000,  0.4000,  0.4000], grad_fn=...), tensor([0., 1., 1., 0.]), tensor(-0.9000))
+    """
+    quant_min, quant_max = operator.index(quant_min), operator.index(quant_max)
+    _checks.quant_range(quant_min, quant_max)
+    axis = _checks.channel_axis(x, ch_axis)
+    zero_point = _float_zero_point(zero_point, scale)
+    _checks.quant_params(x, scale, zero_point, axis)
+    if _debug.active():
+        _debug.scale(scale)
+    return _backend().fake_quant(
+        x,
+        scale,
+        zero_point,
+        quant_min=quant_min,
+        quant_max=quant_max,
+        ch_axis=axis,
+        grad_scale=_grad_scale(grad_scale),
+    )
+
+
+def fake_quant_foreach(
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor] | None = None,
+    *,
+    quant_min: int | Sequence[int],
+    quant_max: int | Sequence[int],
+    ch_axis: int | None = None,
+    grad_scale: float | str | None = None,
+) -> list[Tensor]:
+    """:func:`fake_quant` of many tensors in one call: a whole model's weights, say.
+
+    The results and gradients are those of a loop over :func:`fake_quant`; the call pays the fixed
+    cost of one op instead of one a tensor.
+
+    Args:
+        xs (sequence of Tensor[*]): tensors of one dtype and device, shapes free.
+        scales (sequence of Tensor[1] or Tensor[C_i]): one an x.
+        zero_points (sequence of Tensor, optional): one an x. Default: None, symmetric
+        quant_min (int or sequence of int), quant_max (int or sequence of int): the codes' range,
+            one for all or one an x.
+        ch_axis (int, optional): as in :func:`fake_quant`, for all. Default: None
+        grad_scale (float or str, optional): as in :func:`fake_quant`. Default: None, 1
+
+    Returns:
+        list of Tensor[*]: like xs.
+
+    Raises:
+        ValueError: lists of different lengths, and as :func:`fake_quant` for every entry.
+        TypeError, IndexError: as :func:`fake_quant` for every entry.
+
+    Gradient: as :func:`fake_quant`.
+
+    Source: LSQ (arXiv:1902.08153), LSQ+ (arXiv:2004.09576).
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import fake_quant_foreach
+        >>> weights = [torch.tensor([0.3, -2.0]), torch.tensor([0.9])]
+        >>> scales = [torch.tensor(0.5), torch.tensor(1.0)]
+        >>> fake_quant_foreach(weights, scales, quant_min=-2, quant_max=1)
+        [tensor([ 0.5000, -1.0000]), tensor([1.])]
+    """
+    xs, scales = list(xs), list(scales)
+    _checks.one_each("scales", scales, xs)
+    mins = [quant_min] * len(xs) if isinstance(quant_min, int) else list(quant_min)
+    maxs = [quant_max] * len(xs) if isinstance(quant_max, int) else list(quant_max)
+    _checks.one_each("quant_min", mins, xs)
+    _checks.one_each("quant_max", maxs, xs)
+    zeros: list[Tensor | None] = [None] * len(xs)
+    if zero_points is not None:
+        _checks.one_each("zero_points", zero_points, xs)
+        zeros = [_float_zero_point(z, s) for z, s in zip(zero_points, scales, strict=True)]
+    for index, (x, scale, zero, low, high) in enumerate(
+        zip(xs, scales, zeros, mins, maxs, strict=True)
+    ):
+        try:
+            _checks.quant_range(low, high)
+            _checks.quant_params(x, scale, zero, _checks.channel_axis(x, ch_axis))
+            _checks._alike("x", x, "xs[0]", xs[0])
+            if _debug.active():
+                _debug.scale(scale)
+        except (ValueError, TypeError, IndexError) as error:
+            raise type(error)(f"entry {index}: {error}") from None
+    if not xs:
+        return []
+    return _backend().fake_quant_foreach(
+        xs,
+        scales,
+        None if zero_points is None else zeros,
+        quant_min=mins,
+        quant_max=maxs,
+        ch_axis=ch_axis,
+        grad_scale=_grad_scale(grad_scale),
+    )

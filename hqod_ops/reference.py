@@ -1,0 +1,213 @@
+"""The mathematics of every op in plain PyTorch: the definition, and the oracle of the tests.
+
+Each function has the signature of its twin in :mod:`hqod_ops.functional` and is differentiable by
+ordinary autograd, so it can be read as the specification, run in float64 as the oracle, and chosen
+as the backend with ``HQOD_BACKEND=reference`` where no native library can be had. It favours being
+obviously right over being fast.
+
+Source: X. Huang et al., *HQOD: Harmonious Quantization for Object Detection*, ICME 2024
+(arXiv:2408.02561), with the details of the authors' code; S. K. Esser et al., *Learned Step Size
+Quantization*, ICLR 2020 (arXiv:1902.08153); Y. Bhalgat et al., *LSQ+*, CVPRW 2020
+(arXiv:2004.09576).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+IOU_EPS = 1e-6
+"""Lower bound of the union of two boxes, in squared coordinate units."""
+
+LOG_EPS = 2.220446049250313e-16
+"""Added to a score or an IoU before its logarithm (the float64 machine epsilon, as published)."""
+
+GRAD_GUARD = 1e-6
+"""Below this value the derivative of a logarithm is taken as 1 / GRAD_GUARD, which bounds TCorr's
+gradient by 4e4 where the published formula reaches 5e13."""
+
+LARGE_SIDE = 2.0**60
+"""Boxes with a longer side are scaled by ``SHRINK`` first, so that no area overflows float32."""
+
+SHRINK = 2.0**-70
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _reduce(
+    loss: Tensor, weight: Tensor | None, reduction: str, avg_factor: float | Tensor | None = None
+) -> Tensor:
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    return total / (max(loss.numel(), 1) if avg_factor is None else avg_factor)
+
+
+def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """See :func:`hqod_ops.aligned_box_iou`."""
+    dtype = _compute_dtype(boxes1)
+    boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
+    size1, size2 = boxes1[..., 2:] - boxes1[..., :2], boxes2[..., 2:] - boxes2[..., :2]
+    overlap = torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(
+        boxes1[..., :2], boxes2[..., :2]
+    )
+    with torch.no_grad():
+        longest = torch.cat([size1, size2], dim=-1).amax(dim=-1, keepdim=True)
+        shrink = torch.where(longest > LARGE_SIDE, SHRINK, 1.0).to(dtype)
+    area1, area2, inter = (
+        (size * shrink).clamp(min=0).prod(dim=-1) for size in (size1, size2, overlap)
+    )
+    return inter / (area1 + area2 - inter).clamp(min=IOU_EPS)
+
+
+def _harmonious(iou: Tensor, alpha: float, gamma: float) -> Tensor:
+    return alpha * (1 - iou) * (1 + iou) ** gamma
+
+
+def _guarded_log(x: Tensor) -> Tensor:
+    """log(x + LOG_EPS), its derivative held at 1 / GRAD_GUARD below GRAD_GUARD."""
+    held = (x.detach() + LOG_EPS).log() + (x - x.detach()) / GRAD_GUARD
+    return torch.where(x < GRAD_GUARD, held, (x.clamp(min=GRAD_GUARD) + LOG_EPS).log())
+
+
+def _tcorr(score: Tensor, iou: Tensor, variant: str, logits: bool) -> Tensor:
+    p, u = (score.sigmoid() if logits else score.clamp(0, 1)), iou.clamp(0, 1)
+    # The sigmoid's own derivative p (1 - p) bounds that of the logarithm: no guard for logits.
+    log_p = (p + LOG_EPS).log() if logits else _guarded_log(p)
+    log_u = _guarded_log(u)
+    if variant == "official":
+        agreement = (u * log_p + p * log_u).exp() - LOG_EPS
+    else:
+        agreement = (0.5 * (log_p + log_u)).exp()
+    return (1 + (p - u).detach().abs()) * ((-agreement).exp() - math.exp(-1))
+
+
+def harmonious_iou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    alpha: float = 1.5,
+    gamma: float = 0.8,
+    weight: Tensor | None = None,
+    reduction: str = "none",
+) -> Tensor:
+    """See :func:`hqod_ops.harmonious_iou_loss`."""
+    return _reduce(_harmonious(aligned_box_iou(pred, target), alpha, gamma), weight, reduction)
+
+
+def tcorr_loss(
+    scores: Tensor,
+    ious: Tensor,
+    *,
+    logits: bool = False,
+    variant: str = "official",
+    weight: Tensor | None = None,
+    reduction: str = "none",
+) -> Tensor:
+    """See :func:`hqod_ops.tcorr_loss`."""
+    dtype = _compute_dtype(scores)
+    loss = _tcorr(scores.to(dtype), ious.to(dtype), variant, logits)
+    return _reduce(loss, weight, reduction)
+
+
+def hqod_loss(
+    pred: Tensor,
+    target: Tensor,
+    scores: Tensor,
+    *,
+    logits: bool = False,
+    alpha: float = 1.5,
+    gamma: float = 0.8,
+    variant: str = "official",
+    hiou_weight: float = 1.0,
+    tcorr_weight: float = 1.0,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """See :func:`hqod_ops.hqod_loss`."""
+    iou = aligned_box_iou(pred, target)
+    agreement = _tcorr(scores.to(iou.dtype), iou, variant, logits)
+    loss = hiou_weight * _harmonious(iou, alpha, gamma) + tcorr_weight * agreement
+    return _reduce(loss, weight, reduction, avg_factor)
+
+
+def _scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, with its gradient multiplied by ``factor``."""
+    return x if factor == 1.0 else x.detach() + (x - x.detach()) * factor
+
+
+def lsq_grad_scale(numel: int, num_scales: int, quant_max: int) -> float:
+    """LSQ's gradient scale, 1 / sqrt(elements per scale * quant_max), each at least 1."""
+    return 1.0 / math.sqrt(max(numel / max(num_scales, 1), 1) * max(quant_max, 1))
+
+
+def fake_quant(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    quant_min: int,
+    quant_max: int,
+    ch_axis: int | None = None,
+    grad_scale: float | str | None = None,
+) -> Tensor:
+    """See :func:`hqod_ops.fake_quant`."""
+    dtype = _compute_dtype(x)
+    factor = (
+        lsq_grad_scale(x.numel(), scale.numel(), quant_max)
+        if isinstance(grad_scale, str)
+        else 1.0
+        if grad_scale is None
+        else float(grad_scale)
+    )
+    shape = [1] * x.dim()
+    if ch_axis is not None:
+        shape[ch_axis] = scale.numel()
+    s = _scale_gradient(scale.to(dtype).reshape(shape), factor)
+    wide = x.to(dtype)
+    if zero_point is None:
+        z = zero = torch.zeros((), dtype=dtype, device=x.device)
+    else:
+        z = _scale_gradient(zero_point.to(dtype).reshape(shape), factor)
+        zero = z.detach().round()
+    with torch.no_grad():
+        code = (wide / s).round() + zero
+        level = code.clamp(quant_min, quant_max) - zero
+        outside = (code < quant_min) | (code > quant_max)
+        slope = torch.where(outside, level, level - wide / s)
+    # Straight-through: inside the range y moves with x, and by the rounding error with s; outside it
+    # stays at the clamped level, which moves with s and against the zero point.
+    surrogate = torch.where(outside, 0.0, wide) + slope * s - outside * (z * s.detach())
+    return ((level * s).detach() + (surrogate - surrogate.detach())).to(x.dtype)
+
+
+def fake_quant_foreach(
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor] | None = None,
+    *,
+    quant_min: int | Sequence[int],
+    quant_max: int | Sequence[int],
+    ch_axis: int | None = None,
+    grad_scale: float | str | None = None,
+) -> list[Tensor]:
+    """See :func:`hqod_ops.fake_quant_foreach`."""
+    mins = [quant_min] * len(xs) if isinstance(quant_min, int) else quant_min
+    maxs = [quant_max] * len(xs) if isinstance(quant_max, int) else quant_max
+    zeros = [None] * len(xs) if zero_points is None else zero_points
+    return [
+        fake_quant(
+            x, s, z, quant_min=lo, quant_max=hi, ch_axis=ch_axis, grad_scale=grad_scale
+        )
+        for x, s, z, lo, hi in zip(xs, scales, zeros, mins, maxs, strict=True)
+    ]

@@ -1,0 +1,56 @@
+"""Builds the native libraries with CMake and Ninja, and puts them into the package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """One CMake run for all libraries; CMakeLists.txt says which."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split("."))
+
+    def copy_extensions_to_source(self) -> None:
+        """An editable build writes into the source tree already."""
+
+    def run(self) -> None:
+        package = (ROOT if self.inplace else Path(self.build_lib).resolve()) / "hqod_ops"
+        build = ROOT / "build" / ("editable" if self.inplace else "wheel")
+        if not self.inplace:
+            shutil.rmtree(build, ignore_errors=True)  # a wheel is never made from stale objects
+        options = {
+            "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
+            "HQOD_OUTPUT": str(package),
+            "HQOD_SANITIZE": os.environ.get("HQOD_SANITIZE", "OFF"),
+            "Python_EXECUTABLE": sys.executable,
+        }
+        commands = [
+            ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+            + [f"-D{name}={value}" for name, value in options.items()],
+            ["cmake", "--build", str(build)],
+        ]
+        build.mkdir(parents=True, exist_ok=True)
+        for command in commands:
+            try:
+                subprocess.run(command, check=True)
+            except FileNotFoundError:
+                raise CompileError("hqod_ops: cmake is not installed: pip install cmake ninja") from None
+            except subprocess.CalledProcessError:
+                raise CompileError(
+                    "hqod_ops: the native build failed; the reason stands above. It needs a C++20 "
+                    "compiler (g++ >= 11 or clang >= 14), cmake, ninja, pybind11 and torch >= 2.10."
+                ) from None
+
+
+setup(ext_modules=[Extension("hqod_ops.lib", sources=[])], cmdclass={"build_ext": CMakeBuild})
