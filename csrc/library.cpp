@@ -1,5 +1,6 @@
 // Every op's schema on one page. Reductions are 0 none, 1 mean, 2 sum; variants as in math/tcorr.h;
-// `wanted` has bit i set when input i's gradient is asked for, the others come back empty.
+// `wanted` has bit i set when input i's gradient is asked for, the others come back empty. An op
+// `_<loss>_and_grad` returns a reduced loss with its gradients, all from one pass.
 #include <torch/csrc/stable/library.h>
 
 #include "kernels/cpu/isa.h"
@@ -20,11 +21,19 @@ STABLE_TORCH_LIBRARY(hqod, m) {
       "float alpha, float gamma, int reduction, int wanted) -> (Tensor, Tensor)");
 
   m.def(
+      "_harmonious_iou_loss_and_grad(Tensor pred, Tensor target, Tensor? weight, float alpha, "
+      "float gamma, int reduction, int wanted) -> (Tensor, Tensor, Tensor)");
+
+  m.def(
       "tcorr_loss(Tensor scores, Tensor ious, Tensor? weight, bool logits, int variant, "
       "int reduction) -> Tensor");
   m.def(
       "_tcorr_loss_backward(Tensor grad, Tensor scores, Tensor ious, Tensor? weight, bool logits, "
       "int variant, int reduction, int wanted) -> (Tensor, Tensor)");
+
+  m.def(
+      "_tcorr_loss_and_grad(Tensor scores, Tensor ious, Tensor? weight, bool logits, int variant, "
+      "int reduction, int wanted) -> (Tensor, Tensor, Tensor)");
 
   m.def(
       "hqod_loss(Tensor pred, Tensor target, Tensor scores, Tensor? weight, bool logits, "
@@ -34,6 +43,11 @@ STABLE_TORCH_LIBRARY(hqod, m) {
       "_hqod_loss_backward(Tensor grad, Tensor pred, Tensor target, Tensor scores, Tensor? weight, "
       "bool logits, int variant, float alpha, float gamma, float hiou_weight, float tcorr_weight, "
       "int reduction, float? avg_factor, int wanted) -> (Tensor, Tensor, Tensor)");
+
+  m.def(
+      "_hqod_loss_and_grad(Tensor pred, Tensor target, Tensor scores, Tensor? weight, bool logits, "
+      "int variant, float alpha, float gamma, float hiou_weight, float tcorr_weight, "
+      "int reduction, float? avg_factor, int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
 
   m.def(
       "fake_quant(Tensor x, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, "

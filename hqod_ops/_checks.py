@@ -113,9 +113,7 @@ def quant_range(quant_min: int, quant_max: int) -> None:
         )
 
 
-def quant_params(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, ch_axis: int | None
-) -> None:
+def quant_params(x: Tensor, scale: Tensor, zero_point: Tensor | None, ch_axis: int | None) -> None:
     """x with its scale and zero point: one value, or one a channel (ch_axis counted from the front)."""
     _floating("x", x)
     _floating("scale", scale)
@@ -134,8 +132,10 @@ def quant_params(
     if scale.dtype != x.dtype and not (
         scale.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
     ):
-        raise TypeError(f"scale: expected the dtype of x, {x.dtype}, or float32 with a half x, "
-                        f"got {scale.dtype}")
+        raise TypeError(
+            f"scale: expected the dtype of x, {x.dtype}, or float32 with a half x, "
+            f"got {scale.dtype}"
+        )
     if zero_point is not None and zero_point.dtype != scale.dtype:
         raise TypeError(
             f"zero_point: expected the dtype of scale, {scale.dtype}, or an integer dtype, "
@@ -146,4 +146,6 @@ def quant_params(
 def one_each(name: str, values: Sequence[object], xs: Sequence[Tensor]) -> None:
     """A list that goes with xs."""
     if len(values) != len(xs):
-        raise ValueError(f"{name}: expected one entry for each of the {len(xs)} xs, got {len(values)}")
+        raise ValueError(
+            f"{name}: expected one entry for each of the {len(xs)} xs, got {len(values)}"
+        )

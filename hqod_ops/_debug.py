@@ -40,8 +40,9 @@ def active() -> bool:
 def _fail(name: str, expected: str, values: Tensor, bad: Tensor) -> None:
     index = int(bad.reshape(-1).to(torch.uint8).argmax())
     got = values.detach().reshape(bad.numel(), -1)[index].tolist()
-    raise ValueError(f"{name}: expected {expected}, got {got[0] if len(got) == 1 else got} "
-                     f"at index {index}")
+    raise ValueError(
+        f"{name}: expected {expected}, got {got[0] if len(got) == 1 else got} at index {index}"
+    )
 
 
 def boxes(name: str, values: Tensor) -> None:

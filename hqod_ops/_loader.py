@@ -87,7 +87,9 @@ def build_info() -> dict[str, str]:
     info["backend"] = info["backend"].replace("_register", "native")
     for kind, name in LIBRARIES.items():
         loaded = info["backend"] == "native" and kind not in _errors
-        info[f"{kind} library"] = name if loaded else f"not loaded: {_errors.get(kind, 'not asked')}"
+        info[f"{kind} library"] = (
+            name if loaded else f"not loaded: {_errors.get(kind, 'not asked')}"
+        )
     if info["backend"] == "native":
         info["cpu isa"] = ("baseline", "avx2", "avx512")[torch.ops.hqod._cpu_isa()]
     return info

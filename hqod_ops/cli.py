@@ -75,11 +75,12 @@ def _eval(arguments: argparse.Namespace) -> int:
     from hqod_ops.detection.train import choose_device, evaluate, load_detector, open_data
 
     model, config, categories = load_detector(arguments.checkpoint)
+    data = config.data
     if arguments.data is not None:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, source=arguments.data)
-        )
-    dataset = open_data(config.data, arguments.split or config.data.test_split)
+        data = dataclasses.replace(data, source=arguments.data)
+    if arguments.split is not None:
+        data = dataclasses.replace(data, test_split=arguments.split)
+    dataset = open_data(data)
     if list(dataset.categories) != list(categories):
         raise ConfigError(
             f"--data: expected the {len(categories)} classes that the model was trained on, "
@@ -131,9 +132,7 @@ def _info(arguments: argparse.Namespace) -> int:
     elif not torch.cuda.is_available():
         information["cuda"] = f"no: torch has CUDA {torch.version.cuda}, but finds no usable GPU"
     else:
-        names = ", ".join(
-            torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-        )
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         information["cuda"] = f"{torch.version.cuda}: {names}"
     width = max(map(len, information))
     for key, value in information.items():
@@ -197,9 +196,13 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(hint="; the same command continues")
     shared(demo)
 
-    report = command("report", _report, "A table over finished runs: mean and deviation over seeds.")
+    report = command(
+        "report", _report, "A table over finished runs: mean and deviation over seeds."
+    )
     report.add_argument("run", nargs="+", type=Path, help="directories of runs, or above them")
-    report.add_argument("--output", type=Path, metavar="DIRECTORY", help="write report.md and .json")
+    report.add_argument(
+        "--output", type=Path, metavar="DIRECTORY", help="write report.md and .json"
+    )
 
     command("info", _info, "Versions, libraries, instruction set, CUDA or why not.")
     return parser
@@ -233,8 +236,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments))
     except KeyboardInterrupt as stop:
         where = f" ({stop})" if str(stop) else ""
-        print(f"hqod: interrupted{where}{arguments.hint.format(**vars(arguments))}", file=sys.stderr)
+        print(
+            f"hqod: interrupted{where}{arguments.hint.format(**vars(arguments))}", file=sys.stderr
+        )
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        print(f'hqod: {error}: pip install "hqod_ops[detection]"', file=sys.stderr)
+        return BAD_INPUT
     except (ConfigError, DataError, ImportError, OSError) as error:
         print(f"hqod: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT

@@ -24,6 +24,13 @@ def _widen(x: _Maybe) -> _Maybe:
     return x.float() if x is not None and x.dtype in _HALF else x
 
 
+def _autocast(x: Tensor, *more: Tensor) -> bool:
+    """Whether autocast asks for float32: with a half input, and inside ``torch.autocast``."""
+    if x.dtype not in _HALF and all(y.dtype not in _HALF for y in more):
+        return False
+    return torch.is_autocast_enabled(x.device.type)
+
+
 def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Intersection over union of corresponding boxes.
 
@@ -52,7 +59,7 @@ def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         >>> aligned_box_iou(torch.tensor([[0., 0., 2., 2.]]), torch.tensor([[1., 0., 3., 2.]]))
         tensor([0.3333])
     """
-    if torch.is_autocast_enabled(boxes1.device.type):
+    if _autocast(boxes1, boxes2):
         boxes1, boxes2 = _widen(boxes1), _widen(boxes2)
     _checks.box_pair("boxes1", boxes1, "boxes2", boxes2)
     if _debug.active():
@@ -104,7 +111,7 @@ def harmonious_iou_loss(
         >>> round(loss.item(), 4)
         1.2588
     """
-    if torch.is_autocast_enabled(pred.device.type):
+    if _autocast(pred, target):
         pred, target, weight = _widen(pred), _widen(target), _widen(weight)
     _checks.box_pair("pred", pred, "target", target)
     _checks.sample_weight(weight, pred.shape[:-1], "pred", pred)
@@ -115,9 +122,7 @@ def harmonious_iou_loss(
     if weight is not None and weight.requires_grad:
         loss = _backend().harmonious_iou_loss(pred, target, alpha=alpha, gamma=gamma)
         return _reduce(loss, weight, reduction)
-    return _backend().harmonious_iou_loss(
-        pred, target, alpha=alpha, gamma=gamma, weight=weight, reduction=reduction
-    )
+    return _backend().harmonious_iou_loss(pred, target, alpha, gamma, weight, reduction)
 
 
 def tcorr_loss(
@@ -170,7 +175,7 @@ def tcorr_loss(
         >>> tcorr_loss(torch.tensor([0.9, 0.2]), torch.tensor([0.9, 0.9]))
         tensor([0.0691, 0.6078])
     """
-    if torch.is_autocast_enabled(scores.device.type):
+    if _autocast(scores, ious):
         scores, ious, weight = _widen(scores), _widen(ious), _widen(weight)
     _checks.per_sample("ious", ious, scores.shape, "scores", scores)
     _checks.sample_weight(weight, scores.shape, "scores", scores)
@@ -182,9 +187,7 @@ def tcorr_loss(
     if weight is not None and weight.requires_grad:
         loss = _backend().tcorr_loss(scores, ious, logits=logits, variant=variant)
         return _reduce(loss, weight, reduction)
-    return _backend().tcorr_loss(
-        scores, ious, logits=logits, variant=variant, weight=weight, reduction=reduction
-    )
+    return _backend().tcorr_loss(scores, ious, logits, variant, weight, reduction)
 
 
 def hqod_loss(
@@ -244,7 +247,7 @@ def hqod_loss(
         >>> round(loss.item(), 4), [round(g, 4) for g in pred.grad[0].tolist()]
         (0.5662, [0.0537, 0.0543, 0.0439, -0.0543])
     """
-    if torch.is_autocast_enabled(pred.device.type):
+    if _autocast(pred, target, scores):
         pred, target, scores = _widen(pred), _widen(target), _widen(scores)
         weight = _widen(weight)
     _checks.box_pair("pred", pred, "target", target)
@@ -268,15 +271,15 @@ def hqod_loss(
         pred,
         target,
         scores,
-        logits=logits,
-        alpha=alpha,
-        gamma=gamma,
-        variant=variant,
-        hiou_weight=hiou_weight,
-        tcorr_weight=tcorr_weight,
-        weight=fused_weight,
-        avg_factor=fused_avg,
-        reduction=fused_reduction,
+        logits,
+        alpha,
+        gamma,
+        variant,
+        hiou_weight,
+        tcorr_weight,
+        fused_weight,
+        fused_avg,
+        fused_reduction,
     )
     if fused_reduction == reduction:
         return loss

@@ -94,7 +94,6 @@ def _tcorr(score: Tensor, iou: Tensor, variant: str, logits: bool) -> Tensor:
 def harmonious_iou_loss(
     pred: Tensor,
     target: Tensor,
-    *,
     alpha: float = 1.5,
     gamma: float = 0.8,
     weight: Tensor | None = None,
@@ -107,7 +106,6 @@ def harmonious_iou_loss(
 def tcorr_loss(
     scores: Tensor,
     ious: Tensor,
-    *,
     logits: bool = False,
     variant: str = "official",
     weight: Tensor | None = None,
@@ -123,7 +121,6 @@ def hqod_loss(
     pred: Tensor,
     target: Tensor,
     scores: Tensor,
-    *,
     logits: bool = False,
     alpha: float = 1.5,
     gamma: float = 0.8,
@@ -206,8 +203,6 @@ def fake_quant_foreach(
     maxs = [quant_max] * len(xs) if isinstance(quant_max, int) else quant_max
     zeros = [None] * len(xs) if zero_points is None else zero_points
     return [
-        fake_quant(
-            x, s, z, quant_min=lo, quant_max=hi, ch_axis=ch_axis, grad_scale=grad_scale
-        )
+        fake_quant(x, s, z, quant_min=lo, quant_max=hi, ch_axis=ch_axis, grad_scale=grad_scale)
         for x, s, z, lo, hi in zip(xs, scales, zeros, mins, maxs, strict=True)
     ]

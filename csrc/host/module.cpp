@@ -27,11 +27,12 @@ std::string shape_text(const std::vector<py::ssize_t>& sizes) {
   return text.str();
 }
 
-void check_shape(const char* name, const py::array& array, const std::vector<py::ssize_t>& expected) {
+void check_shape(const char* name, const py::array& array,
+                 const std::vector<py::ssize_t>& expected) {
   const std::vector<py::ssize_t> got(array.shape(), array.shape() + array.ndim());
   if (got != expected) {
-    throw py::value_error(std::string(name) + ": expected shape " + shape_text(expected) + ", got " +
-                          shape_text(got));
+    throw py::value_error(std::string(name) + ": expected shape " + shape_text(expected) +
+                          ", got " + shape_text(got));
   }
 }
 

@@ -21,11 +21,12 @@ struct LossCall {
   double alpha = 1.5, gamma = 0.8;  // of HIoU
   double hiou_weight = 1.0, tcorr_weight = 1.0;
 
-  // Forward: one of the two. Loss and sum are in the compute type.
+  // The result of a forward pass: one of the two. The loss is in the compute type.
   void* loss = nullptr;            // [N]
   double* partial_sums = nullptr;  // [ceil(N / kLossChunk)]
 
-  // Backward: the gradient of each requested input, from the loss' own gradient.
+  // Backward: the gradient of each requested input, from the loss' own gradient. A pass that has no
+  // such gradient (null: 1) fills partial_sums beside the gradients.
   const void* grad = nullptr;      // [N] or, for a reduced loss, [1]; in the compute type
   bool grad_is_scalar = false;
   double factor = 1.0;             // of every gradient: 1 / N for a mean

@@ -16,12 +16,39 @@ HQOD_MATH_BEGIN
 
 template <typename T>
 HQOD_HD T clamp_nan(T x, T low, T high) {  // NaN stays NaN
-  return x < low ? low : (x > high ? high : x);
+  x = x < low ? low : x;                   // one after the other: a max and a min instruction
+  return x > high ? high : x;
 }
 
 template <typename T>
 HQOD_HD T at_least(T x, T low) {  // NaN stays NaN
   return x < low ? low : x;
+}
+
+// x / s, rounded as a division rounds, for a divisor that many values share: one multiplication, and
+// one correction by the exact remainder (Markstein). Wants 2^-100 <= |s| <= 2^100, and inverse = 1/s.
+// Where the quotient overflows there is no remainder (inf - inf), and the first one stands.
+template <typename T>
+HQOD_HD T quotient(T x, T s, T inverse) {
+#if defined(__FMA__) || defined(__CUDA_ARCH__)
+  const T q = x * inverse;
+  T corrected;
+  if constexpr (sizeof(T) == 4) {
+    corrected = __builtin_fmaf(__builtin_fmaf(-q, s, x), inverse, q);
+  } else {
+    corrected = __builtin_fma(__builtin_fma(-q, s, x), inverse, q);
+  }
+  return corrected == corrected ? corrected : q;
+#else
+  (void)inverse;
+  return x / s;
+#endif
+}
+
+template <typename T>
+HQOD_HD bool quotient_works(T s) {
+  const T magnitude = s < 0 ? -s : s;
+  return magnitude >= T(0x1p-100) && magnitude <= T(0x1p100);
 }
 
 HQOD_HD double exp_of(double x) { return ::exp(x); }

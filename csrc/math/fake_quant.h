@@ -5,7 +5,7 @@
 //   otherwise:            dx = 0,  ds = (q - round(z)) dy,         dz = -s dy
 //
 // Half to even, a true division as in ONNX. A NaN counts as inside, so that it reaches every
-// gradient. The callers pass z rounded.
+// gradient. All codes are counted from the zero point, whose rounded value is thus part of the range.
 //
 // Source: LSQ (arXiv:1902.08153), LSQ+ (arXiv:2004.09576).
 #pragma once
@@ -14,9 +14,32 @@
 
 HQOD_MATH_BEGIN
 
+// A scale with the range of its codes.
 template <typename T>
-HQOD_HD T fake_quant(T x, T s, T z, T q_min, T q_max) {
-  return (clamp_nan(round_even(x / s) + z, q_min, q_max) - z) * s;
+struct QuantScale {
+  T scale, inverse;
+  T low, high;  // q_min - round(z), q_max - round(z)
+};
+
+template <typename T>
+HQOD_HD QuantScale<T> quant_scale(T scale, T zero_point, T q_min, T q_max) {
+  const T zero = round_even(zero_point);
+  return {scale, T(1) / scale, q_min - zero, q_max - zero};
+}
+
+// x / s; `shared` when quotient_works(s).
+template <bool shared, typename T>
+HQOD_HD T quant_ratio(T x, const QuantScale<T>& s) {
+  if constexpr (shared) {
+    return quotient(x, s.scale, s.inverse);
+  } else {
+    return x / s.scale;
+  }
+}
+
+template <bool shared, typename T>
+HQOD_HD T fake_quant(T x, const QuantScale<T>& s) {
+  return clamp_nan(round_even(quant_ratio<shared>(x, s)), s.low, s.high) * s.scale;
 }
 
 template <typename T>
@@ -24,13 +47,14 @@ struct FakeQuantGrad {
   T dx, ds, dz;
 };
 
-template <typename T>
-HQOD_HD FakeQuantGrad<T> fake_quant_grad(T x, T s, T z, T q_min, T q_max, T dy) {
-  const T ratio = x / s;
-  const T code = round_even(ratio) + z;
-  const bool outside = (code < q_min) | (code > q_max);
-  const T level = clamp_nan(code, q_min, q_max) - z;
-  return {outside ? T(0) : dy, dy * (outside ? level : level - ratio), outside ? -s * dy : T(0)};
+template <bool shared, typename T>
+HQOD_HD FakeQuantGrad<T> fake_quant_grad(T x, const QuantScale<T>& s, T dy) {
+  const T ratio = quant_ratio<shared>(x, s);
+  const T code = round_even(ratio);
+  const bool outside = (code < s.low) | (code > s.high);
+  const T level = clamp_nan(code, s.low, s.high);
+  return {outside ? T(0) : dy, dy * (outside ? level : level - ratio),
+          outside ? -s.scale * dy : T(0)};
 }
 
 HQOD_MATH_END

@@ -18,7 +18,7 @@ HQOD_MATH_BEGIN
 inline constexpr int64_t kUnit = 16384, kTile = 512, kTileSteps = 64, kRowMin = 192;
 
 struct FakeQuantLayout {
-  int64_t outer, channels, inner;
+  int64_t outer, channels, inner, numel;
   bool rows;
   int64_t per_row;  // rows: units of a row
   int64_t tile;     // tiles: elements of a tile
@@ -40,8 +40,8 @@ struct FakeQuantUnit {
 HQOD_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 HQOD_HD FakeQuantLayout fake_quant_layout(int64_t outer, int64_t channels, int64_t inner) {
-  FakeQuantLayout l{outer, channels, inner, false, 0, 0, 0, 0, 0, 0, 0};
-  if (outer * channels * inner == 0) return l;
+  FakeQuantLayout l{outer, channels, inner, outer * channels * inner, false, 0, 0, 0, 0, 0, 0, 0};
+  if (l.numel == 0) return l;
   l.rows = channels == 1 || inner >= kRowMin;
   if (l.rows) {
     if (channels == 1) {

@@ -46,9 +46,23 @@ std::tuple<Tensor, Tensor> harmonious_iou_loss_backward(
   return {d_pred, d_target};
 }
 
+std::tuple<Tensor, Tensor, Tensor> harmonious_iou_loss_and_grad(
+    const Tensor& pred,                   // [..., 4]
+    const Tensor& target,                 // [..., 4]
+    const std::optional<Tensor>& weight,  // [...]
+    double alpha, double gamma, int64_t reduction, int64_t wanted) {
+  LossBuilder b = prepare(pred, target, weight, alpha, gamma);
+  Tensor d_pred = b.wanted(wanted & kFirst, pred, b.call.d_pred);
+  Tensor d_target = b.wanted(wanted & kSecond, target, b.call.d_target);
+  Tensor loss =
+      b.forward_and_backward(HQOD_KERNEL(harmonious_iou_backward), pred, reduction, std::nullopt);
+  return {loss, d_pred, d_target};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(hqod, CPU, m) {
   m.impl("harmonious_iou_loss", TORCH_BOX(&harmonious_iou_loss));
   m.impl("_harmonious_iou_loss_backward", TORCH_BOX(&harmonious_iou_loss_backward));
+  m.impl("_harmonious_iou_loss_and_grad", TORCH_BOX(&harmonious_iou_loss_and_grad));
 }
 
 }  // namespace

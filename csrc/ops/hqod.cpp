@@ -60,9 +60,26 @@ std::tuple<Tensor, Tensor, Tensor> hqod_loss_backward(
   return {d_pred, d_target, d_scores};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> hqod_loss_and_grad(
+    const Tensor& pred,                   // [..., 4]
+    const Tensor& target,                 // [..., 4]
+    const Tensor& scores,                 // [...]
+    const std::optional<Tensor>& weight,  // [...]
+    bool logits, int64_t variant, double alpha, double gamma, double hiou_weight,
+    double tcorr_weight, int64_t reduction, std::optional<double> avg_factor, int64_t wanted) {
+  LossBuilder b = prepare(pred, target, scores, weight, logits, variant, alpha, gamma, hiou_weight,
+                          tcorr_weight);
+  Tensor d_pred = b.wanted(wanted & kFirst, pred, b.call.d_pred);
+  Tensor d_target = b.wanted(wanted & kSecond, target, b.call.d_target);
+  Tensor d_scores = b.wanted(wanted & kThird, scores, b.call.d_scores);
+  Tensor loss = b.forward_and_backward(HQOD_KERNEL(hqod_backward), pred, reduction, avg_factor);
+  return {loss, d_pred, d_target, d_scores};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(hqod, CPU, m) {
   m.impl("hqod_loss", TORCH_BOX(&hqod_loss));
   m.impl("_hqod_loss_backward", TORCH_BOX(&hqod_loss_backward));
+  m.impl("_hqod_loss_and_grad", TORCH_BOX(&hqod_loss_and_grad));
 }
 
 }  // namespace

@@ -70,6 +70,17 @@ Tensor LossBuilder::forward(LossKernel kernel, const Tensor& like, int64_t dim, 
     for_chunks(kernel, call);
     return loss;
   }
+  return reduced(kernel, like, factor(reduction, avg_factor));
+}
+
+Tensor LossBuilder::forward_and_backward(LossKernel kernel, const Tensor& like, int64_t reduction,
+                                         std::optional<double> avg_factor) {
+  STD_TORCH_CHECK(reduction == 1 || reduction == 2, "reduction: expected 1 (mean) or 2 (sum)");
+  call.factor = factor(reduction, avg_factor);
+  return reduced(kernel, like, call.factor);
+}
+
+Tensor LossBuilder::reduced(LossKernel kernel, const Tensor& like, double factor) {
   constexpr int64_t kInline = 64;
   double inline_sums[kInline];
   const int64_t chunks = (call.count + kLossChunk - 1) / kLossChunk;
@@ -79,9 +90,10 @@ Tensor LossBuilder::forward(LossKernel kernel, const Tensor& like, int64_t dim, 
   for_chunks(kernel, call);
   double sum = 0;
   for (int64_t i = 0; i < chunks; ++i) sum += call.partial_sums[i];
-  sum *= factor(reduction, avg_factor);
-  Tensor loss = empty_contiguous(like, 0, type);
-  type == ScalarType::Double ? write_scalar<double>(loss, sum) : write_scalar<float>(loss, sum);
+  sum *= factor;
+  Tensor loss = empty_contiguous(like, 0, compute_type(like));
+  compute_type(like) == ScalarType::Double ? write_scalar<double>(loss, sum)
+                                           : write_scalar<float>(loss, sum);
   return loss;
 }
 

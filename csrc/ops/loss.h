@@ -30,6 +30,10 @@ class LossBuilder {
   Tensor forward(LossKernel kernel, const Tensor& like, int64_t dim, int64_t reduction,
                  std::optional<double> avg_factor);
 
+  // The reduced loss and, in the same pass, its gradients: what wanted() returned.
+  Tensor forward_and_backward(LossKernel kernel, const Tensor& like, int64_t reduction,
+                              std::optional<double> avg_factor);
+
   // Sets the loss' own gradient. The kernel then fills what wanted() returned.
   void upstream(const Tensor& grad, int64_t reduction, std::optional<double> avg_factor);
   Tensor wanted(bool is_wanted, const Tensor& input, void*& data);
@@ -39,6 +43,9 @@ class LossBuilder {
 
  private:
   const void* keep(const Tensor& x);
+
+  // Runs the kernel, which fills partial sums, and adds them up times factor.
+  Tensor reduced(LossKernel kernel, const Tensor& like, double factor);
 
   double factor(int64_t reduction, std::optional<double> avg_factor) const;
 

@@ -49,9 +49,22 @@ std::tuple<Tensor, Tensor> tcorr_loss_backward(const Tensor& grad,              
   return {d_scores, d_ious};
 }
 
+std::tuple<Tensor, Tensor, Tensor> tcorr_loss_and_grad(
+    const Tensor& scores,                 // [...]
+    const Tensor& ious,                   // [...]
+    const std::optional<Tensor>& weight,  // [...]
+    bool logits, int64_t variant, int64_t reduction, int64_t wanted) {
+  LossBuilder b = prepare(scores, ious, weight, logits, variant);
+  Tensor d_scores = b.wanted(wanted & kFirst, scores, b.call.d_scores);
+  Tensor d_ious = b.wanted(wanted & kSecond, ious, b.call.d_ious);
+  Tensor loss = b.forward_and_backward(HQOD_KERNEL(tcorr_backward), scores, reduction, std::nullopt);
+  return {loss, d_scores, d_ious};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(hqod, CPU, m) {
   m.impl("tcorr_loss", TORCH_BOX(&tcorr_loss));
   m.impl("_tcorr_loss_backward", TORCH_BOX(&tcorr_loss_backward));
+  m.impl("_tcorr_loss_and_grad", TORCH_BOX(&tcorr_loss_and_grad));
 }
 
 }  // namespace

@@ -1,19 +1,19 @@
-"""Ties a native op to its backward op: one formula for eager code, compilers and exporters."""
+"""Ties a native op to its backward op: one formula for eager code, compilers and exporters.
+
+Every op here takes its tensors first and its options after them, and ``_<op>_backward`` takes the
+upstream gradient, the same arguments and a bit mask of the gradients that are wanted.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Backward = Callable[..., tuple[Tensor | list[Tensor] | None, ...]]
-
-
-def needs(ctx: Any, *inputs: int) -> int:
-    """Bit i is set when inputs[i] wants a gradient: the ``wanted`` argument of the backward ops."""
-    return sum(1 << bit for bit, index in enumerate(inputs) if ctx.needs_input_grad[index])
+_below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _not_twice(ctx: Any, *grads: Tensor) -> None:
@@ -21,7 +21,9 @@ def _not_twice(ctx: Any, *grads: Tensor) -> None:
 
 
 def register(
-    name: str, setup_context: Callable[[Any, Any, Any], None], backward: Backward
+    name: str,
+    setup_context: Callable[[Any, Any, Any], None],
+    backward: Callable[..., tuple[Any, ...]],
 ) -> None:
     """Register the gradient of ``hqod::name``, and that its gradient has none."""
 
@@ -34,32 +36,137 @@ def register(
     )
 
 
-def through_op() -> bool:
-    """Whether to call the op itself: no graph is wanted, or a compiler records one."""
-    return torch.compiler.is_compiling() or not torch.is_grad_enabled()
+def wants_graph() -> bool:
+    """Whether an eager call is to be recorded by autograd."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def run(op: Any, *args: Any) -> Any:
+    """Call an op, past its registered autograd where there is nothing to record.
+
+    A compiler records what it sees, so it must see the op whole. In a backward pass gradients are
+    enabled by ``create_graph=True`` alone, which then meets the "not differentiable twice" above.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with _below_autograd():
+        return op(*args)
+
+
+def _direct_apply(function: Any) -> Callable[..., Any]:
+    """``function.apply`` without its handling of functorch's wrappers, where none are active."""
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    if active is None:
+        return function.apply  # type: ignore[no-any-return]
+    direct = super(torch.autograd.Function, function).apply
+
+    def apply(*args: Any) -> Any:
+        return function.apply(*args) if active() else direct(*args)
+
+    return apply
 
 
 def differentiable(
-    name: str, setup_context: Callable[[Any, Any, Any], None], backward: Backward
+    name: str, *, tensors: int, gradients: int, reduction: int | None = None
 ) -> Callable[..., Any]:
     """Make ``hqod::name`` differentiable, and return the function to call.
 
     The registered formula serves ``torch.ops.hqod`` callers, ``torch.compile`` and ``torch.export``.
-    In eager mode the function goes through a Python ``autograd.Function`` with the same formula:
-    autograd then needs no boxed trip back into Python, which is the larger part of a small call.
+    In eager mode the function goes through a Python ``autograd.Function``: the dispatcher then has
+    no boxed trip back into Python, the larger part of a small call's time.
+
+    On the CPU a loss that is reduced computes its gradients in the forward pass, which has all that
+    they need in registers, and its backward pass only returns them, scaled when the upstream
+    gradient is not 1. Elsewhere, where looking at that value would synchronise, and for an op that
+    is not reduced, the backward pass recomputes from the inputs.
+
+    Args:
+        name (str): the op; the backward op is ``_<name>_backward``.
+        tensors (int): how many of its arguments are tensors; they come first.
+        gradients (int): how many of those have a gradient; they come first.
+        reduction (int, optional): the index of the argument that says how to reduce, for an op with
+            a twin ``_<name>_and_grad``.
     """
     op = getattr(torch.ops.hqod, name).default
+    backward_op = getattr(torch.ops.hqod, f"_{name}_backward").default
+    options = len(op._schema.arguments) - tensors
+    # For every combination of inputs that need a gradient: the bit mask, and which they are.
+    wanted = {
+        needed: (
+            sum(1 << i for i in range(gradients) if needed[i]),
+            [i for i in range(gradients) if needed[i]],
+        )
+        for needed in product((False, True), repeat=gradients)
+    }
+
+    def recompute(ctx: Any, grad: Tensor, inputs: tuple[Any, ...], first: int) -> tuple[Any, ...]:
+        """The gradients of all arguments, of which the tensors start at index ``first``."""
+        mask, needed = wanted[ctx.needs_input_grad[first : first + gradients]]
+        results = run(backward_op, grad, *inputs, *ctx.options, mask)
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for i in needed:
+            found[first + i] = results[i]
+        return tuple(found)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.options = inputs[tensors:]
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return recompute(ctx, grad, ctx.saved_tensors, 0)
+
     register(name, setup_context, backward)
 
-    def forward(ctx: Any, *args: Any) -> Any:
-        output = op(*args)
-        setup_context(ctx, args, output)
-        return output
+    class Recomputing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, options: tuple[Any, ...], *inputs: Tensor | None) -> Any:  # type: ignore[override]
+            ctx.save_for_backward(*inputs)
+            ctx.options = options
+            return run(op, *inputs, *options)
 
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    eager: Any = type(name, (torch.autograd.Function,), methods)
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+            return recompute(ctx, grad, ctx.saved_tensors, 1)
 
-    def call(*args: Any) -> Any:
-        return op(*args) if through_op() else eager.apply(*args)
+    apply_recomputing = _direct_apply(Recomputing)
+    if reduction is None:
 
-    return call
+        def call(*args: Any) -> Any:
+            if wants_graph():
+                return apply_recomputing(args[tensors:], *args[:tensors])
+            return run(op, *args)
+
+        return call
+
+    both_op = getattr(torch.ops.hqod, f"_{name}_and_grad").default
+
+    class Saving(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, options: tuple[Any, ...], *inputs: Tensor | None) -> Any:  # type: ignore[override]
+            mask, ctx.needed = wanted[ctx.needs_input_grad[1 : gradients + 1]]
+            results = run(both_op, *inputs, *options, mask)
+            ctx.save_for_backward(*inputs, *[results[i + 1] for i in ctx.needed])
+            ctx.options = options
+            return results[0]
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+            saved = ctx.saved_tensors
+            if torch.is_grad_enabled():
+                return recompute(ctx, grad, saved[:tensors], 1)
+            unit = grad.item() == 1.0
+            found: list[Tensor | None] = [None] * (tensors + 1)
+            for i, gradient in zip(ctx.needed, saved[tensors:], strict=True):
+                found[i + 1] = gradient if unit else gradient * grad.to(gradient.dtype)
+            return tuple(found)
+
+    apply_saving = _direct_apply(Saving)
+
+    def call_loss(*args: Any) -> Any:
+        if not wants_graph():
+            return run(op, *args)
+        saving = args[reduction] != 0 and args[0].is_cpu
+        apply = apply_saving if saving else apply_recomputing
+        return apply(args[tensors:], *args[:tensors])
+
+    return call_loss

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqod_ops._register._autograd import differentiable, needs, register, through_op
+from hqod_ops._register._autograd import (
+    differentiable,
+    register,
+    run,
+    wants_graph,
+)
 from hqod_ops._register._fake import fake_gradient
 
-_backward_op = torch.ops.hqod._fake_quant_backward.default
 _foreach_backward_op = torch.ops.hqod._fake_quant_foreach_backward.default
 
 
@@ -49,23 +53,7 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = needs(ctx, 0, 1, 2)
-    dx, d_scale, d_zero = _backward_op(grad, *ctx.saved_tensors, *ctx.options, wanted)
-    return (
-        dx if wanted & 1 else None,
-        d_scale if wanted & 2 else None,
-        d_zero if wanted & 4 else None,
-        *[None] * 5,
-    )
-
-
-_call = differentiable("fake_quant", _setup_context, _backward)
+_call = differentiable("fake_quant", tensors=3, gradients=3)
 
 
 def _factor(grad_scale: float | str | None) -> tuple[float, bool]:
@@ -86,9 +74,7 @@ def fake_quant(
     grad_scale: float | str | None = None,
 ) -> Tensor:
     """See :func:`hqod_ops.fake_quant`."""
-    y: Tensor = _call(
-        x, scale, zero_point, quant_min, quant_max, ch_axis, *_factor(grad_scale)
-    )
+    y: Tensor = _call(x, scale, zero_point, quant_min, quant_max, ch_axis, *_factor(grad_scale))
     return y
 
 
@@ -134,7 +120,8 @@ def _foreach_gradients(
 ) -> list[list[Tensor | None]]:
     """The gradients of xs, scales and zero points, None where not needed."""
     wanted = sum(1 << bit for bit, flags in enumerate(needed) if any(flags))
-    results = _foreach_backward_op(list(grads), *(list(values) for values in lists), *options, wanted)
+    tensors = [list(values) for values in lists]
+    results = run(_foreach_backward_op, list(grads), *tensors, *options, wanted)
     return [
         [gradient if need else None for gradient, need in zip(gradients, flags, strict=False)]
         for gradients, flags in zip(results, needed, strict=True)
@@ -171,7 +158,8 @@ class _Foreach(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.lengths, ctx.options = lengths, options
         ctx.save_for_backward(*tensors)
-        return tuple(_foreach_op(*(list(v) for v in _split(tensors, lengths)), *options))
+        lists = [list(values) for values in _split(tensors, lengths)]
+        return tuple(run(_foreach_op, *lists, *options))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -194,8 +182,8 @@ def fake_quant_foreach(
     """See :func:`hqod_ops.fake_quant_foreach`."""
     lists = list(xs), list(scales), list(zero_points or ())
     options = list(quant_min), list(quant_max), ch_axis, *_factor(grad_scale)
-    if through_op():
-        ys: list[Tensor] = _foreach_op(*lists, *options)
+    if not wants_graph():
+        ys: list[Tensor] = run(_foreach_op, *lists, *options)
         return ys
     lengths = [len(values) for values in lists]
     return list(_Foreach.apply(lengths, options, *(t for values in lists for t in values)))

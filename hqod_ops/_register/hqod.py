@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from hqod_ops._checks import REDUCTIONS, VARIANTS
-from hqod_ops._register._autograd import differentiable, needs
+from hqod_ops._register._autograd import differentiable
 from hqod_ops._register._fake import fake_gradient, fake_loss
-
-_backward_op = torch.ops.hqod._hqod_loss_backward.default
 
 
 @torch.library.register_fake("hqod::hqod_loss")
@@ -56,30 +52,13 @@ def _fake_backward(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.options = inputs[4:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = needs(ctx, 0, 1, 2)
-    d_pred, d_target, d_scores = _backward_op(grad, *ctx.saved_tensors, *ctx.options, wanted)
-    return (
-        d_pred if wanted & 1 else None,
-        d_target if wanted & 2 else None,
-        d_scores if wanted & 4 else None,
-        *[None] * 9,
-    )
-
-
-_call = differentiable("hqod_loss", _setup_context, _backward)
+_call = differentiable("hqod_loss", tensors=4, gradients=3, reduction=10)
 
 
 def hqod_loss(
     pred: Tensor,
     target: Tensor,
     scores: Tensor,
-    *,
     logits: bool = False,
     alpha: float = 1.5,
     gamma: float = 0.8,

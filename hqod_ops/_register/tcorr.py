@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from hqod_ops._checks import REDUCTIONS, VARIANTS
-from hqod_ops._register._autograd import differentiable, needs
+from hqod_ops._register._autograd import differentiable
 from hqod_ops._register._fake import fake_gradient, fake_loss
-
-_backward_op = torch.ops.hqod._tcorr_loss_backward.default
 
 
 @torch.library.register_fake("hqod::tcorr_loss")
@@ -35,24 +31,12 @@ def _fake_backward(
     return fake_gradient(scores, wanted & 1), fake_gradient(ious, wanted & 2)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.options = inputs[3:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = needs(ctx, 0, 1)
-    d_scores, d_ious = _backward_op(grad, *ctx.saved_tensors, *ctx.options, wanted)
-    return d_scores if wanted & 1 else None, d_ious if wanted & 2 else None, *[None] * 4
-
-
-_call = differentiable("tcorr_loss", _setup_context, _backward)
+_call = differentiable("tcorr_loss", tensors=3, gradients=2, reduction=5)
 
 
 def tcorr_loss(
     scores: Tensor,
     ious: Tensor,
-    *,
     logits: bool = False,
     variant: str = "official",
     weight: Tensor | None = None,

@@ -11,7 +11,11 @@ struct BoxIoU {
 
   HQOD_HD T loss(const Inputs& in, int64_t i) const { return in.overlap(i).iou; }
 
-  HQOD_HD void grad(Inputs& in, int64_t i, T g) const { in.set_grad(i, in.overlap(i), g); }
+  HQOD_HD T grad(Inputs& in, int64_t i, T g) const {
+    const Overlap<T> o = in.overlap(i);
+    in.set_grad(i, o, g);
+    return o.iou;
+  }
 };
 
 HQOD_MATH_END

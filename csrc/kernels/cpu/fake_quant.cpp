@@ -11,32 +11,35 @@ HQOD_MATH_BEGIN
 inline constexpr int64_t kSumLanes = 32;
 inline constexpr int64_t kStage = 512;  // half-precision elements widened at a time
 
+template <typename T>
+HQOD_HD QuantScale<T> channel_scale(const FakeQuantCall& call, int64_t channel) {
+  const T* zero_points = static_cast<const T*>(call.zero_point);
+  return quant_scale(static_cast<const T*>(call.scale)[channel],
+                     zero_points == nullptr ? T(0) : zero_points[channel],
+                     static_cast<T>(call.quant_min), static_cast<T>(call.quant_max));
+}
+
 // What is wanted of a backward pass, known at compile time.
 template <bool dx_, bool ds_, bool dz_>
 struct Want {
   static constexpr bool dx = dx_, ds = ds_, dz = dz_;
 };
 
-template <typename T>
-struct Range {
-  T low, high;
-};
-
 // One scale for the whole stretch.
-template <typename T>
-HQOD_HD void forward_row(const T* __restrict x, T* __restrict y, int64_t n, T s, T z, Range<T> q) {
-  for (int64_t i = 0; i < n; ++i) y[i] = fake_quant(x[i], s, z, q.low, q.high);
+template <bool shared, typename T>
+HQOD_HD void forward_row(const T* __restrict x, T* __restrict y, int64_t n, QuantScale<T> s) {
+  for (int64_t i = 0; i < n; ++i) y[i] = fake_quant<shared>(x[i], s);
 }
 
-template <typename W, typename T>
+template <bool shared, typename W, typename T>
 HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __restrict dx, int64_t n,
-                          T s, T z, Range<T> q, T* __restrict sums_s, T* __restrict sums_z) {
+                          QuantScale<T> s, T* __restrict sums_s, T* __restrict sums_z) {
   int64_t i = 0;
   if constexpr (W::ds || W::dz) {
     T lanes_s[kSumLanes] = {}, lanes_z[kSumLanes] = {};
     for (; i + kSumLanes <= n; i += kSumLanes) {
       for (int64_t lane = 0; lane < kSumLanes; ++lane) {
-        const FakeQuantGrad<T> g = fake_quant_grad(x[i + lane], s, z, q.low, q.high, dy[i + lane]);
+        const FakeQuantGrad<T> g = fake_quant_grad<shared>(x[i + lane], s, dy[i + lane]);
         if constexpr (W::dx) dx[i + lane] = g.dx;
         if constexpr (W::ds) lanes_s[lane] += g.ds;
         if constexpr (W::dz) lanes_z[lane] += g.dz;
@@ -48,29 +51,56 @@ HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __re
     }
   }
   for (int64_t lane = 0; i < n; ++i, ++lane) {
-    const FakeQuantGrad<T> g = fake_quant_grad(x[i], s, z, q.low, q.high, dy[i]);
+    const FakeQuantGrad<T> g = fake_quant_grad<shared>(x[i], s, dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
     if constexpr (W::ds) sums_s[lane % kSumLanes] += g.ds;
     if constexpr (W::dz) sums_z[lane % kSumLanes] += g.dz;
   }
 }
 
-// A scale for each element, and a sum for each.
+// The scale of each element of a tile.
 template <typename T>
-HQOD_HD void forward_tile(const T* __restrict x, T* __restrict y, int64_t n, const T* __restrict s,
-                          const T* __restrict z, Range<T> q) {
-  for (int64_t i = 0; i < n; ++i) y[i] = fake_quant(x[i], s[i], z[i], q.low, q.high);
+struct TileScales {
+  alignas(64) T scale[kTile], inverse[kTile], low[kTile], high[kTile];
+  bool shared;  // quotient_works for all of them
+
+  HQOD_HD QuantScale<T> operator[](int64_t i) const {
+    return {scale[i], inverse[i], low[i], high[i]};
+  }
+
+  void fill(const FakeQuantCall& call, const FakeQuantLayout& layout, const FakeQuantUnit& unit) {
+    shared = true;
+    int64_t channel = unit.channel;
+    for (int64_t i = 0; i < unit.width; i += layout.inner) {
+      const QuantScale<T> s = channel_scale<T>(call, channel);
+      shared &= quotient_works(s.scale);
+      for (int64_t k = i; k < i + layout.inner; ++k) {
+        scale[k] = s.scale;
+        inverse[k] = s.inverse;
+        low[k] = s.low;
+        high[k] = s.high;
+      }
+      if (++channel == layout.channels) channel = 0;
+    }
+  }
+};
+
+// A scale for each element, from index first of the tile on, and a sum for each.
+template <bool shared, typename T>
+HQOD_HD void forward_tile(const T* __restrict x, T* __restrict y, int64_t n,
+                          const TileScales<T>& s, int64_t first) {
+  for (int64_t i = 0; i < n; ++i) y[i] = fake_quant<shared>(x[i], s[first + i]);
 }
 
-template <typename W, typename T>
+template <bool shared, typename W, typename T>
 HQOD_HD void backward_tile(const T* __restrict x, const T* __restrict dy, T* __restrict dx,
-                           int64_t n, const T* __restrict s, const T* __restrict z, Range<T> q,
-                           T* __restrict sums_s, T* __restrict sums_z) {
+                           int64_t n, const TileScales<T>& s, int64_t first, T* __restrict sums_s,
+                           T* __restrict sums_z) {
   for (int64_t i = 0; i < n; ++i) {
-    const FakeQuantGrad<T> g = fake_quant_grad(x[i], s[i], z[i], q.low, q.high, dy[i]);
+    const FakeQuantGrad<T> g = fake_quant_grad<shared>(x[i], s[first + i], dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
-    if constexpr (W::ds) sums_s[i] += g.ds;
-    if constexpr (W::dz) sums_z[i] += g.dz;
+    if constexpr (W::ds) sums_s[first + i] += g.ds;
+    if constexpr (W::dz) sums_z[first + i] += g.dz;
   }
 }
 
@@ -108,26 +138,6 @@ struct Stage {
   }
 };
 
-// The scale and zero point of each element of a tile.
-template <typename T>
-struct TileParams {
-  alignas(64) T scale[kTile], zero_point[kTile];
-
-  void fill(const FakeQuantCall& call, const FakeQuantLayout& layout, int64_t first, int64_t width) {
-    const T* s = static_cast<const T*>(call.scale);
-    const T* z = static_cast<const T*>(call.zero_point);
-    int64_t channel = first;
-    for (int64_t i = 0; i < width; i += layout.inner) {
-      const T zero = z == nullptr ? T(0) : round_even(z[channel]);
-      for (int64_t k = i; k < i + layout.inner; ++k) {
-        scale[k] = s[channel];
-        zero_point[k] = zero;
-      }
-      if (++channel == layout.channels) channel = 0;
-    }
-  }
-};
-
 // Calls f(at, n, offset) for every stretch of a unit: at in memory, offset in the tile.
 template <typename F>
 HQOD_HD void for_stretches(const FakeQuantUnit& unit, int64_t numel, int64_t step, F&& f) {
@@ -140,30 +150,38 @@ HQOD_HD void for_stretches(const FakeQuantUnit& unit, int64_t numel, int64_t ste
   }
 }
 
+template <typename S, bool shared>
+HQOD_HD void forward_unit(const FakeQuantCall& call, const FakeQuantLayout& layout,
+                          const FakeQuantUnit& unit, const QuantScale<Compute<S>>& row,
+                          const TileScales<Compute<S>>& tile, Stage<S>& stage) {
+  using T = Compute<S>;
+  for_stretches(unit, layout.numel, stage.step, [&](int64_t at, int64_t n, int64_t offset) {
+    const T* x = stage.read(call.x, at, n, stage.x_buffer);
+    T* y = stage.target(call.y, at);
+    if (layout.rows) {
+      forward_row<shared>(x, y, n, row);
+    } else {
+      forward_tile<shared>(x, y, n, tile, offset);
+    }
+    stage.write(call.y, at, n);
+  });
+}
+
 template <typename S>
 void forward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const FakeQuantLayout layout = fake_quant_layout(call.outer, call.channels, call.inner);
-  const int64_t numel = call.outer * call.channels * call.inner;
-  const Range<T> q{static_cast<T>(call.quant_min), static_cast<T>(call.quant_max)};
   Stage<S> stage;
-  TileParams<T> params;
+  TileScales<T> tile;
   for (int64_t index = begin; index < end; ++index) {
     const FakeQuantUnit unit = fake_quant_unit(layout, index);
-    if (!layout.rows) params.fill(call, layout, unit.channel, unit.width);
-    const T s = static_cast<const T*>(call.scale)[unit.channel];
-    const T* zs = static_cast<const T*>(call.zero_point);
-    const T z = zs == nullptr ? T(0) : round_even(zs[unit.channel]);
-    for_stretches(unit, numel, stage.step, [&](int64_t at, int64_t n, int64_t offset) {
-      const T* x = stage.read(call.x, at, n, stage.x_buffer);
-      T* y = stage.target(call.y, at);
-      if (layout.rows) {
-        forward_row(x, y, n, s, z, q);
-      } else {
-        forward_tile(x, y, n, params.scale + offset, params.zero_point + offset, q);
-      }
-      stage.write(call.y, at, n);
-    });
+    const QuantScale<T> row = channel_scale<T>(call, unit.channel);
+    if (!layout.rows) tile.fill(call, layout, unit);
+    if (layout.rows ? quotient_works(row.scale) : tile.shared) {
+      forward_unit<S, true>(call, layout, unit, row, tile, stage);
+    } else {
+      forward_unit<S, false>(call, layout, unit, row, tile, stage);
+    }
   }
 }
 
@@ -188,37 +206,50 @@ void collect(const T* sums, const FakeQuantLayout& layout, const FakeQuantUnit& 
   }
 }
 
+template <typename T>
+struct UnitSums {
+  alignas(64) T scale[kTile], zero_point[kTile];
+};
+
+template <typename S, typename W, bool shared>
+HQOD_HD void backward_unit(const FakeQuantCall& call, const FakeQuantLayout& layout,
+                           const FakeQuantUnit& unit, const QuantScale<Compute<S>>& row,
+                           const TileScales<Compute<S>>& tile, Stage<S>& stage,
+                           UnitSums<Compute<S>>& sums) {
+  using T = Compute<S>;
+  for_stretches(unit, layout.numel, stage.step, [&](int64_t at, int64_t n, int64_t offset) {
+    const T* x = stage.read(call.x, at, n, stage.x_buffer);
+    const T* dy = stage.read(call.dy, at, n, stage.dy_buffer);
+    T* dx = W::dx ? stage.target(call.dx, at) : nullptr;
+    if (layout.rows) {
+      backward_row<shared, W>(x, dy, dx, n, row, sums.scale, sums.zero_point);
+    } else {
+      backward_tile<shared, W>(x, dy, dx, n, tile, offset, sums.scale, sums.zero_point);
+    }
+    if constexpr (W::dx) stage.write(call.dx, at, n);
+  });
+}
+
 template <typename S, typename W>
 void backward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const FakeQuantLayout layout = fake_quant_layout(call.outer, call.channels, call.inner);
-  const int64_t numel = call.outer * call.channels * call.inner;
-  const Range<T> q{static_cast<T>(call.quant_min), static_cast<T>(call.quant_max)};
   Stage<S> stage;
-  TileParams<T> params;
-  alignas(64) T sums_s[kTile], sums_z[kTile];
+  TileScales<T> tile;
+  UnitSums<T> sums;
   for (int64_t index = begin; index < end; ++index) {
     const FakeQuantUnit unit = fake_quant_unit(layout, index);
-    if (!layout.rows) params.fill(call, layout, unit.channel, unit.width);
+    const QuantScale<T> row = channel_scale<T>(call, unit.channel);
+    if (!layout.rows) tile.fill(call, layout, unit);
     const int64_t used = layout.rows ? kSumLanes : unit.width;
-    for (int64_t i = 0; i < used; ++i) sums_s[i] = sums_z[i] = T(0);
-    const T s = static_cast<const T*>(call.scale)[unit.channel];
-    const T* zs = static_cast<const T*>(call.zero_point);
-    const T z = zs == nullptr ? T(0) : round_even(zs[unit.channel]);
-    for_stretches(unit, numel, stage.step, [&](int64_t at, int64_t n, int64_t offset) {
-      const T* x = stage.read(call.x, at, n, stage.x_buffer);
-      const T* dy = stage.read(call.dy, at, n, stage.dy_buffer);
-      T* dx = W::dx ? stage.target(call.dx, at) : nullptr;
-      if (layout.rows) {
-        backward_row<W>(x, dy, dx, n, s, z, q, sums_s, sums_z);
-      } else {
-        backward_tile<W>(x, dy, dx, n, params.scale + offset, params.zero_point + offset, q,
-                         sums_s + offset, sums_z + offset);
-      }
-      if constexpr (W::dx) stage.write(call.dx, at, n);
-    });
-    if constexpr (W::ds) collect(sums_s, layout, unit, call.scale_sums);
-    if constexpr (W::dz) collect(sums_z, layout, unit, call.zero_point_sums);
+    for (int64_t i = 0; i < used; ++i) sums.scale[i] = sums.zero_point[i] = T(0);
+    if (layout.rows ? quotient_works(row.scale) : tile.shared) {
+      backward_unit<S, W, true>(call, layout, unit, row, tile, stage, sums);
+    } else {
+      backward_unit<S, W, false>(call, layout, unit, row, tile, stage, sums);
+    }
+    if constexpr (W::ds) collect(sums.scale, layout, unit, call.scale_sums);
+    if constexpr (W::dz) collect(sums.zero_point, layout, unit, call.zero_point_sums);
   }
 }
 

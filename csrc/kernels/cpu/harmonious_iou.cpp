@@ -17,9 +17,11 @@ struct HarmoniousIoULoss {
     return harmonious_iou(in.overlap(i).iou, alpha, gamma).loss;
   }
 
-  HQOD_HD void grad(Inputs& in, int64_t i, T g) const {
+  HQOD_HD T grad(Inputs& in, int64_t i, T g) const {
     const Overlap<T> o = in.overlap(i);
-    in.set_grad(i, o, g * harmonious_iou(o.iou, alpha, gamma).slope);
+    const HarmoniousIoU<T> h = harmonious_iou(o.iou, alpha, gamma);
+    in.set_grad(i, o, g * h.slope);
+    return h.loss;
   }
 };
 

@@ -41,12 +41,13 @@ struct HqodLoss {
            tcorr_weight * tcorr<T, variant, logits>(in.scores.score[i], iou).loss;
   }
 
-  HQOD_HD void grad(Inputs& in, int64_t i, T g) const {
+  HQOD_HD T grad(Inputs& in, int64_t i, T g) const {
     const Overlap<T> o = in.boxes.overlap(i);
     const TCorr<T> t = tcorr<T, variant, logits>(in.scores.score[i], o.iou);
-    const T slope = hiou_weight * harmonious_iou(o.iou, alpha, gamma).slope;
-    in.boxes.set_grad(i, o, g * (slope + tcorr_weight * t.d_iou));
+    const HarmoniousIoU<T> h = harmonious_iou(o.iou, alpha, gamma);
+    in.boxes.set_grad(i, o, g * (hiou_weight * h.slope + tcorr_weight * t.d_iou));
     in.scores.d_score[i] = g * tcorr_weight * t.d_score;
+    return hiou_weight * h.loss + tcorr_weight * t.loss;
   }
 };
 

@@ -77,6 +77,26 @@ __attribute__((noinline)) void load_weight(const LossCall& call, int64_t start, 
   });
 }
 
+// Sums of a block's losses in lanes of their own, combined in a fixed order.
+template <typename T>
+struct LaneSums {
+  alignas(64) T lanes[kLanes] = {};
+
+  // Clears the block behind its n values up to a whole number of lanes.
+  HQOD_HD void add(T* block, int64_t n) {
+    for (int64_t i = n; i % kLanes != 0; ++i) block[i] = T(0);
+    for (int64_t i = 0; i < n; i += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += block[i + lane];
+    }
+  }
+
+  HQOD_HD double total() const {
+    double sum = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
+    return sum;
+  }
+};
+
 // A Formula has its Inputs, which load a block by load_from(call, start, n), and loss(inputs, i).
 template <typename S, typename Formula>
 void loss_forward(const LossCall& call, int64_t begin, int64_t end) {
@@ -87,55 +107,53 @@ void loss_forward(const LossCall& call, int64_t begin, int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * kLossChunk;
     const int64_t last = first + kLossChunk < call.count ? first + kLossChunk : call.count;
-    alignas(64) T lanes[kLanes] = {};
+    LaneSums<T> sums;
     for (int64_t start = first; start < last; start += kBlock) {
       const int64_t n = last - start < kBlock ? last - start : kBlock;
       in.template load_from<S>(call, start, n);
-      for (int64_t i = 0; i < n; ++i) loss[i] = formula.loss(in, i);
-      if (call.weight != nullptr) {
-        load_weight(call, start, n, weight);
-        for (int64_t i = 0; i < n; ++i) loss[i] *= weight[i];
-      }
+      load_weight(call, start, n, weight);
+      for (int64_t i = 0; i < n; ++i) loss[i] = weight[i] * formula.loss(in, i);
       if (call.loss != nullptr) {
         store(loss, static_cast<T*>(call.loss) + start, n);
       } else {
-        for (int64_t i = n; i % kLanes != 0; ++i) loss[i] = T(0);
-        for (int64_t i = 0; i < n; i += kLanes) {
-          for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += loss[i + lane];
-        }
+        sums.add(loss, n);
       }
     }
-    if (call.partial_sums != nullptr) {
-      double sum = 0;
-      for (int64_t lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
-      call.partial_sums[chunk] = sum;
-    }
+    if (call.partial_sums != nullptr) call.partial_sums[chunk] = sums.total();
   }
 }
 
 // Formula::grad(inputs, i, g) leaves sample i's gradients in inputs, which store_to(call, start, n)
-// writes out.
+// writes out, and returns its loss. With call.partial_sums the losses are added up as well, and g is
+// the weight times call.factor; otherwise it is that times the upstream gradient.
 template <typename S, typename Formula>
 void loss_backward(const LossCall& call, int64_t begin, int64_t end) {
   using T = Compute<S>;
   const Formula formula(call);
   typename Formula::Inputs in;
-  alignas(64) T grad[kBlock];
+  alignas(64) T loss[kBlock], weight[kBlock], grad[kBlock];
   const T* upstream = static_cast<const T*>(call.grad);
-  const int64_t stop = end * kLossChunk < call.count ? end * kLossChunk : call.count;
-  for (int64_t start = begin * kLossChunk; start < stop; start += kBlock) {
-    const int64_t n = stop - start < kBlock ? stop - start : kBlock;
-    in.template load_from<S>(call, start, n);
-    load_weight(call, start, n, grad);
-    const T factor = static_cast<T>(call.factor);
-    if (call.grad_is_scalar) {
-      const T g = upstream[0] * factor;
-      for (int64_t i = 0; i < n; ++i) grad[i] *= g;
-    } else {
-      for (int64_t i = 0; i < n; ++i) grad[i] *= upstream[start + i] * factor;
+  const bool one_upstream = upstream == nullptr || call.grad_is_scalar;
+  const T factor = static_cast<T>(call.factor) *
+                   (upstream != nullptr && call.grad_is_scalar ? upstream[0] : T(1));
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    const int64_t first = chunk * kLossChunk;
+    const int64_t last = first + kLossChunk < call.count ? first + kLossChunk : call.count;
+    LaneSums<T> sums;
+    for (int64_t start = first; start < last; start += kBlock) {
+      const int64_t n = last - start < kBlock ? last - start : kBlock;
+      in.template load_from<S>(call, start, n);
+      load_weight(call, start, n, weight);
+      if (one_upstream) {
+        for (int64_t i = 0; i < n; ++i) grad[i] = weight[i] * factor;
+      } else {
+        for (int64_t i = 0; i < n; ++i) grad[i] = weight[i] * factor * upstream[start + i];
+      }
+      for (int64_t i = 0; i < n; ++i) loss[i] = weight[i] * formula.grad(in, i, grad[i]);
+      in.template store_to<S>(call, start, n);
+      if (call.partial_sums != nullptr) sums.add(loss, n);
     }
-    for (int64_t i = 0; i < n; ++i) formula.grad(in, i, grad[i]);
-    in.template store_to<S>(call, start, n);
+    if (call.partial_sums != nullptr) call.partial_sums[chunk] = sums.total();
   }
 }
 

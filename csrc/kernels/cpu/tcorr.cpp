@@ -16,10 +16,11 @@ struct TCorrLoss {
     return tcorr<T, variant, logits>(in.score[i], in.iou[i]).loss;
   }
 
-  HQOD_HD void grad(Inputs& in, int64_t i, T g) const {
+  HQOD_HD T grad(Inputs& in, int64_t i, T g) const {
     const TCorr<T> t = tcorr<T, variant, logits>(in.score[i], in.iou[i]);
     in.d_score[i] = g * t.d_score;
     in.d_iou[i] = g * t.d_iou;
+    return t.loss;
   }
 };
 

@@ -1,0 +1,108 @@
+# Every target sets up what it needs (a virtual environment, its packages, the native build), once:
+# the second run goes straight to the work. What can be chosen:
+#
+#   PYTHON=python3.12      the interpreter
+#   TORCH=2.13.0           the torch: a version, or pip requirements; without torchvision among them,
+#                          as here, the detectors are left out
+#   TORCHES="2.10.0 2.13.0"   the torches of test-torch
+#   ARGS="--quick"         arguments of `hqod demo`, pytest or bench_ops.py
+#   CXX=clang++            and the other build variables: see CONTRIBUTING.md
+#
+# Each choice of PYTHON and TORCH has an environment of its own.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+DEFAULT_TORCH := torch==2.11.0 torchvision==0.26.0
+PYTHON ?= python3
+TORCH ?= $(DEFAULT_TORCH)
+TORCHES ?= 2.13.0
+ARGS ?=
+
+override TORCH := $(if $(findstring torch,$(TORCH)),$(TORCH),torch==$(strip $(TORCH)))
+comma := ,
+EXTRAS := [$(if $(findstring torchvision,$(TORCH)),detection$(comma))dev]
+SUFFIX := $(if $(subst $(DEFAULT_TORCH),,$(TORCH)),-$(shell tr -cs 'A-Za-z0-9.\n' - <<< '$(TORCH)'))
+SUFFIX += $(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+VENV := .venv$(subst $() ,,$(SUFFIX))
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+# build-system.requires of pyproject.toml, but for torch: a build without isolation wants them there.
+BUILD_TOOLS := "setuptools>=77" numpy "cmake>=3.24" ninja "pybind11>=2.13"
+BUILD_VARIABLES := $(foreach v,CXX CXXFLAGS CMAKE_BUILD_TYPE,$v=$($v))
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+LIBRARY := hqod_ops/lib/libhqod_ops.so
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+
+.PHONY: demo
+demo: $(VENV)/.installed ## train a detector, quantize it with and without HQOD, show what came out
+	hqod demo $(ARGS)
+
+.PHONY: test
+test: $(VENV)/.installed ## the tests
+	python -m pytest $(ARGS)
+
+.PHONY: bench
+bench: $(VENV)/.installed ## the ops against eager PyTorch, torch.compile and torch's own ops
+	python benchmarks/bench_ops.py $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.installed ## format, style, types and file sizes
+	ruff format --check .
+	ruff check .
+	mypy
+	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \
+	  | xargs clang-format --dry-run -Werror
+	scripts/check_file_sizes.sh
+
+.PHONY: test-torch
+test-torch: $(VENV)/.installed ## the op tests under other torches (TORCHES=), with the library as built
+	scripts/test_across_torch.sh "$(PYTHON)" $(TORCHES)
+
+.PHONY: sanitize
+sanitize: $(VENV)/.installed ## the op tests with AddressSanitizer and UndefinedBehaviorSanitizer
+	scripts/test_sanitized.sh $(ARGS)
+
+.PHONY: audit
+audit: $(VENV)/.installed ## the native libraries use the stable ABI of torch alone
+	scripts/audit_abi.sh
+
+.PHONY: clean
+clean: ## remove what was built, but for the environments
+	rm -rf build dist *.egg-info hqod_ops/lib hqod_ops/_host.*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## remove the environments too
+	rm -rf .venv*
+
+$(VENV)/.created:
+	scripts/check_machine.sh "$(PYTHON)"
+	"$(PYTHON)" -m venv $(VENV)
+	python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	python -m pip install $(TORCH) $(BUILD_TOOLS)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(VENV)/.variables $(SOURCES)
+	python -m pip install --no-build-isolation --editable ".$(EXTRAS)"
+	touch $@
+
+# Changes only when a build variable does; a library that was removed is built again.
+$(VENV)/.variables: FORCE | $(VENV)/.created
+	@cmp -s $@ <<< '$(BUILD_VARIABLES)' || cat > $@ <<< '$(BUILD_VARIABLES)'
+
+ifeq ($(wildcard $(LIBRARY)),)
+$(VENV)/.installed: FORCE
+endif
+
+.PHONY: FORCE
+FORCE:

@@ -1,0 +1,75 @@
+"""What a result depends on besides the code: the machine, the versions, the allocator."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import hqod_ops
+
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000"}
+"""With these in the environment glibc gives no memory back, so no page is faulted in twice."""
+
+
+def keeps_memory() -> bool:
+    """Whether this process runs with memory kept by the allocator."""
+    return all(os.environ.get(name) == value for name, value in KEEP_MEMORY.items())
+
+
+def restart_keeping_memory() -> None:
+    """Start this command anew with :data:`KEEP_MEMORY`, which glibc reads when a process starts."""
+    if not keeps_memory():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found.group(1).strip() if found else platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def describe() -> dict[str, object]:
+    """The head of a result file."""
+    info = hqod_ops.build_info()
+    return {
+        "device": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "python": info["python"],
+        "hqod_ops": info["hqod_ops"],
+        "backend": info["backend"],
+        "isa": info.get("cpu isa", "none"),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "malloc": "kept" if keeps_memory() else "default",
+    }
+
+
+def file_name(machine: dict[str, object]) -> str:
+    """``<device>-<torch>.json``, with what else makes results incomparable."""
+    words = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b|@.*", " ", str(machine["device"]).lower())
+    device = re.sub(r"[^a-z0-9.]+", "-", words).strip("-")
+    torch_version = str(machine["torch"]).partition("+")[0]
+    kept = "-kept-memory" if machine["malloc"] == "kept" else ""
+    return f"{device}-{machine['cores']}c-torch{torch_version}{kept}.json"

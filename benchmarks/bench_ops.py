@@ -1,0 +1,201 @@
+#!/usr/bin/env python
+"""Speed and memory of the ops, beside eager PyTorch, torch.compile and torch's own ops.
+
+    python benchmarks/bench_ops.py                        # everything, some twenty minutes
+    python benchmarks/bench_ops.py --quick                # a few entries, under a minute
+    python benchmarks/bench_ops.py --filter 'hqod_loss.*FB' --threads 1
+    python benchmarks/bench_ops.py --compare benchmarks/results/OLD.json
+
+What the columns mean: benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# Last, so that an installed hqod_ops goes before the one in the tree.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from bench import machine, tables
+from bench.compare import differences, regressions
+from bench.entry import Entry
+from bench.measure import FULL, QUICK, DisagreementError, measure
+from bench.progress import progress
+from bench.registry import all_entries
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PARTIAL_RESULTS = ROOT / "runs" / "bench"
+"""Where --quick, --filter, --no-compile and --cpu-time write, which do not tell the whole story."""
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="See benchmarks/README.md."
+    )
+    parser.add_argument(
+        "--filter", metavar="REGEX", type=_regex, help="entries to run, such as 'hqod_loss.*FB'"
+    )
+    parser.add_argument("--quick", action="store_true", help="a few entries and rounds")
+    parser.add_argument("--list", action="store_true", help="print the entries and end")
+    parser.add_argument(
+        "--threads", metavar="N", type=_count, nargs="+", help="default: 1 2, with --quick 1"
+    )
+    parser.add_argument(
+        "--warm-malloc", action="store_true", help="let the allocator keep its memory"
+    )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="count CPU time, of one thread, not the clock's: for a machine that is busy",
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--compare", metavar="OLD.json", type=_result, help="show what got slower")
+    parser.add_argument("--output", metavar="PATH", type=Path, help="the result file to write")
+    parser.add_argument(
+        "--markdown",
+        metavar="RESULT.json",
+        nargs="?",
+        const=True,
+        type=_result,
+        help="print Markdown; with a result file, its tables alone, and measure nothing",
+    )
+    args = parser.parse_args(argv)
+    if args.threads is None:
+        args.threads = [1] if args.quick or args.cpu_time else [1, 2]
+    if args.cpu_time and args.threads != [1]:
+        parser.error("--cpu-time: expected --threads 1: it counts one thread")
+    return args
+
+
+def _regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {count}")
+    return count
+
+
+def _result(text: str) -> dict[str, Any]:
+    try:
+        result = json.loads(Path(text).read_text(encoding="utf-8"))
+        assert isinstance(result["machine"], dict) and isinstance(result["blocks"], list)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"{text}: not a result of this program") from None
+    return result
+
+
+def _selected(args: argparse.Namespace) -> list[tuple[Entry, list[str]]]:
+    chosen = []
+    for entry in all_entries():
+        phases = [
+            phase
+            for phase in entry.phases
+            if args.filter is None or args.filter.search(f"{entry.name} {phase}")
+        ]
+        if phases and (entry.quick or not args.quick):
+            chosen.append((entry, phases))
+    return chosen
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure what the arguments select."""
+    selected = _selected(args)
+    effort = QUICK if args.quick else FULL
+    clock = time.thread_time_ns if args.cpu_time else time.perf_counter_ns
+    described = {**machine.describe(), "clock": "cpu" if args.cpu_time else "wall"}
+    result: dict[str, Any] = {"machine": described, "blocks": []}
+    total = sum(len(phases) for _, phases in selected) * len(args.threads)
+    with progress(total) as step:
+        for entry, phases in selected:
+            inputs = entry.setup()
+            for phase in phases:
+                for count in args.threads:
+                    step(f"{entry.name} {phase}, {count} thread{'s' * (count > 1)}")
+                    block = measure(
+                        entry,
+                        phase,
+                        inputs,
+                        count,
+                        effort,
+                        clock,
+                        with_compile=not args.no_compile,
+                        with_memory=count == args.threads[0],
+                    )
+                    result["blocks"].append(block)
+    return result
+
+
+def _show(result: dict[str, Any], as_markdown: bool) -> None:
+    print(tables.head(result), end="\n\n")
+    left_out = [block["left_out"]["compile"] for block in result["blocks"] if "left_out" in block]
+    for reason in sorted(set(left_out)):
+        print(f"torch.compile is left out where it failed: {reason}", end="\n\n")
+    for table in tables.tables(result):
+        if as_markdown:
+            print(tables.markdown(table))
+        else:
+            tables.show(table)
+
+
+def _compare(old: dict[str, Any], new: dict[str, Any], as_markdown: bool) -> int:
+    for line in differences(old, new):
+        print(f"Measured under other conditions: {line}")
+    found = regressions(old, new)
+    if not found:
+        print("No ratio fell by more than 5 %.")
+        return 0
+    table = tables.comparison(found)
+    if as_markdown:
+        print(tables.markdown(table))
+    else:
+        tables.show(table)
+    return int(any(entry["clear"] for entry in found))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 1 where ``--compare`` found a clear regression, 2 for bad arguments."""
+    args = _arguments(argv)
+    if isinstance(args.markdown, dict):
+        _show(args.markdown, as_markdown=True)
+        return 0
+    if args.list:
+        for entry, phases in _selected(args):
+            print(entry.name, *phases)
+        return 0
+    if args.warm_malloc:
+        machine.restart_keeping_memory()
+    if not _selected(args):
+        print("error: no entry fits --filter; see --list for their names", file=sys.stderr)
+        return 2
+    try:
+        result = run(args)
+    except DisagreementError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _show(result, as_markdown=args.markdown is not None)
+    partial = args.quick or args.filter or args.no_compile or args.cpu_time
+    folder = PARTIAL_RESULTS if partial else RESULTS
+    path = args.output or folder / machine.file_name(result["machine"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+    return 0 if args.compare is None else _compare(args.compare, result, args.markdown is not None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Results of many runs in one table."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hqod_ops.detection.config import ConfigError
+from hqod_ops.detection.train import CONFIG, RESULT
+
+COLUMNS = {"AP": 100.0, "AP50": 100.0, "AP75": 100.0, "pearson": 1.0, "gap": 1.0}
+"""Columns of the table and the factor their values are shown with."""
+
+_HEADINGS = {"pearson": "score-IoU correlation", "gap": "mean abs(score - IoU)"}
+
+
+def read_result(directory: str | Path) -> dict[str, Any]:
+    """The result of a finished run, with its settings under ``"config"``.
+
+    Args:
+        directory (str or Path): directory of the run.
+
+    Raises:
+        ConfigError: it holds no finished run.
+    """
+    directory = Path(directory)
+    try:
+        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+        result["config"] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: expected the directory of a finished run ({error.strerror})"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{directory}: broken result: {error}") from None
+    return dict(result)
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+    """Directories of finished runs: those given, and those found below the ones given.
+
+    Raises:
+        ConfigError: there is none at or below a path.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        below = sorted(result.parent for result in path.rglob(RESULT))
+        if not below:
+            raise ConfigError(f"{path}: expected a finished run there or below, found none")
+        found += below
+    return list(dict.fromkeys(found))
+
+
+def label(config: Mapping[str, Any]) -> str:
+    """What a run is called in a table: its bits and its loss.
+
+    Example:
+        >>> from hqod_ops.detection.config import RunConfig, to_dict
+        >>> from hqod_ops.detection.report import label
+        >>> label(to_dict(RunConfig()))
+        'FP32'
+    """
+    quant, loss = config["quant"], config["loss"]
+    name = f"{quant['bits']}-bit LSQ" if quant["bits"] else "FP32"
+    if loss["hqod"]:
+        name += " + HQOD"
+        if loss["variant"] != "official":
+            name += f" ({loss['variant']})"
+    return name
+
+
+def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation over the runs that differ in their seed alone.
+
+    Args:
+        results (sequence of mapping): what :func:`read_result` gives.
+
+    Returns:
+        list of dict: one for each group in order of appearance: ``label``, ``seeds``, ``runs``
+        (number of runs), and for each metric ``{"mean": ..., "std": ...}``, None
+        without a value and, for std, with one.
+
+    Example:
+        >>> from hqod_ops.detection.config import RunConfig, to_dict
+        >>> from hqod_ops.detection.report import aggregate
+        >>> metrics = {"AP": 0.5, "AP50": 0.8, "AP75": 0.6, "pearson": 0.7, "gap": 0.2}
+        >>> runs = [{**metrics, "AP": ap, "config": to_dict(RunConfig(seed=s))}
+        ...         for s, ap in enumerate((0.4, 0.5, 0.6))]
+        >>> row = aggregate(runs)[0]
+        >>> row["label"], row["seeds"], round(row["AP"]["mean"], 3), round(row["AP"]["std"], 3)
+        ('FP32', [0, 1, 2], 0.5, 0.1)
+    """
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        # The checkpoint to start from has the seed in its path, the name may have it.
+        shared = {k: v for k, v in result["config"].items() if k not in _SEED_DEPENDENT}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(result)
+    rows = []
+    for runs in groups.values():
+        row: dict[str, Any] = {
+            "label": label(runs[0]["config"]),
+            "seeds": [run["config"]["seed"] for run in runs],
+            "runs": len(runs),
+        }
+        for column in COLUMNS:
+            values = [run[column] for run in runs if run[column] is not None]
+            row[column] = {
+                "mean": statistics.fmean(values) if values else None,
+                "std": statistics.stdev(values) if len(values) > 1 else None,
+            }
+        rows.append(row)
+    return rows
+
+
+_SEED_DEPENDENT = {"seed", "init", "name", "device"}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of :func:`aggregate` as a Markdown table.
+
+    Example:
+        >>> from hqod_ops.detection.report import COLUMNS, markdown
+        >>> row = {"label": "FP32", "runs": 1, **{c: {"mean": 0.5, "std": None} for c in COLUMNS}}
+        >>> print(markdown([row]).splitlines()[-1])
+        | FP32 | 50.0 | 50.0 | 50.0 | 0.500 | 0.500 |
+    """
+    several = any(row["runs"] > 1 for row in rows)
+    heads = ["model", *(_HEADINGS.get(c, c) for c in COLUMNS), *(["runs"] if several else [])]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " + "| ---: " * (len(heads) - 1) + "|"]
+    for row in rows:
+        cells = [str(row["label"]), *(_cell(row[c], factor) for c, factor in COLUMNS.items())]
+        cells += [str(row["runs"])] if several else []
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Mapping[str, float | None], factor: float) -> str:
+    digits = 1 if factor > 1 else 3
+    mean, std = value["mean"], value["std"]
+    if mean is None:
+        return "-"
+    text = f"{factor * mean:.{digits}f}"
+    return text if std is None else f"{text} ± {factor * std:.{digits}f}"
+
+
+def write_report(runs: Iterable[str | Path], output: Path | None = None) -> str:
+    """Aggregate finished runs; with ``output``, also write ``report.md`` and ``report.json`` there.
+
+    Args:
+        runs (iterable of str or Path): directories of runs, or directories above them.
+        output (Path, optional): directory for the two files. Default: None
+
+    Returns:
+        str: the Markdown table.
+
+    Raises:
+        ConfigError: there is no finished run at or below a path.
+    """
+    rows = aggregate([read_result(directory) for directory in find_runs(runs)])
+    table = markdown(rows)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "report.md").write_text(table + "\n", encoding="utf-8")
+        text = json.dumps(rows, indent=2, allow_nan=False) + "\n"
+        (output / "report.json").write_text(text, encoding="utf-8")
+    return table

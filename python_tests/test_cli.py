@@ -1,0 +1,184 @@
+"""The hqod command: what it prints, where it leaves things, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("pycocotools")
+
+import hqod_ops
+from hqod_ops.cli import BAD_INPUT, FAILED, INTERRUPTED, main
+from hqod_ops.detection.engine import Trainer, read_checkpoint
+
+TINY = [
+    *("--set", "data.size=64"),
+    *("--set", "data.train_images=8"),
+    *("--set", "data.test_images=3"),
+    *("--set", "model.stem=8"),
+    *("--set", "model.widths=[8, 8, 16]"),
+    *("--set", "model.channels=8"),
+    *("--set", "model.head_depth=1"),
+    *("--batch-size", "4"),
+    *("--epochs", "2"),
+    *("--device", "cpu"),
+    *("--threads", "1"),
+]
+
+
+def _train(runs: Path, *options: str) -> int:
+    return main(["train", "--data", "digits", "--runs", str(runs), *TINY, *options])
+
+
+def _one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("\n") and error.startswith("hqod: "), error
+    return error
+
+
+def test_train_quantize_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(tmp_path, "--name", "fp32", "--seed", "3") == 0
+    init = ["--init", str(tmp_path / "fp32" / "last.pt"), "--bits", "2"]
+    assert _train(tmp_path, "--name", "w2", *init) == 0
+    assert _train(tmp_path, "--name", "w2-hqod", *init, "--hqod") == 0
+    printed = capsys.readouterr().out
+    assert (
+        "| FP32 |" in printed and "| 2-bit LSQ |" in printed and "| 2-bit LSQ + HQOD |" in printed
+    )
+    settings = json.loads((tmp_path / "w2-hqod" / "config.json").read_text())
+    assert settings["quant"]["bits"] == 2 and settings["loss"]["hqod"] is True
+    assert json.loads((tmp_path / "fp32" / "config.json").read_text())["seed"] == 3
+
+    assert main(["eval", str(tmp_path / "w2"), "--quiet"]) == 0
+    lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    result = json.loads((tmp_path / "w2" / "result.json").read_text())
+    assert float(lines["AP"]) == pytest.approx(result["AP"], abs=1e-4)
+
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == (tmp_path / "out" / "report.md").read_text()
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["label"] for row in rows] == ["FP32", "2-bit LSQ", "2-bit LSQ + HQOD"]
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert printed["hqod_ops"] == hqod_ops.__version__ and printed["torch"] == torch.__version__
+    assert "torchvision" in printed
+    assert printed["cuda"].startswith("no: ") != torch.cuda.is_available()
+
+
+def test_interrupt_and_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = Trainer.step, []
+
+    def step(trainer: Trainer, *args: object) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(trainer, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert _train(tmp_path, "--name", "run") == INTERRUPTED
+    line = _one_line(capsys)
+    assert "interrupted (in epoch 2, 1 saved)" in line
+    command = line.split("to continue: hqod ")[1].split()
+    assert read_checkpoint(tmp_path / "run")["epoch"] == 1
+    assert main(command) == 0
+    assert read_checkpoint(tmp_path / "run")["epoch"] == 2 and len(calls) == 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--data", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--init", "nowhere.pt"], "nowhere.pt: expected a checkpoint, found no such file"),
+        (["--recipe", "nowhere.toml"], "nowhere.toml: cannot read the configuration"),
+        (["--bits", "1"], "quant.bits: expected 0 (off) or 2 to 8, got 1"),
+        (["--set", "data.size=7"], "data.size: expected a value in [64, 1024], got 7"),
+        (["--set", "model.groups=3"], "model.groups: expected a divisor of 8 channels, got 3"),
+        (["--set", "data.colour=1"], "data.colour: no such setting"),
+        (["--set", "data.test_split=evening"], "data.split: expected one of 'train'"),
+        (["--device", "toaster"], "device: cannot use 'toaster'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert _train(tmp_path, "--name", "run", *options) == BAD_INPUT
+    assert message in _one_line(capsys)
+
+
+def test_broken_files_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken.toml"
+    broken.write_text("seed = = 1")
+    assert _train(tmp_path, "--recipe", str(broken)) == BAD_INPUT
+    assert "broken.toml: " in _one_line(capsys)
+    checkpoint = tmp_path / "broken.pt"
+    checkpoint.write_bytes(b"not a checkpoint")
+    assert main(["eval", str(checkpoint)]) == BAD_INPUT
+    assert "broken.pt: not a readable checkpoint" in _one_line(capsys)
+    assert main(["report", str(tmp_path)]) == BAD_INPUT
+    assert "expected a finished run there or below, found none" in _one_line(capsys)
+    annotations = tmp_path / "coco" / "annotations"
+    annotations.mkdir(parents=True)
+    (tmp_path / "coco" / "train").mkdir()
+    (annotations / "instances_train.json").write_text('{"images": [')
+    assert _train(tmp_path, "--data", str(tmp_path / "coco")) == BAD_INPUT
+    assert "instances_train.json: cannot be read as JSON" in _one_line(capsys)
+
+
+def test_diverged_training_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--lr", "1e30", "--set", "schedule.optimizer=sgd", "--set", "schedule.clip=0"]
+    assert _train(tmp_path, "--name", "run", *options) == FAILED
+    assert "the loss is not finite in epoch 1" in _one_line(capsys)
+
+
+def test_run_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hqod_ops.cli", "train", "--data", "/no/such/folder"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == BAD_INPUT and done.stdout == ""
+    assert done.stderr.startswith("hqod: /no/such/folder") and done.stderr.count("\n") == 1
+
+
+def test_missing_package_names_the_extra() -> None:
+    code = "import sys; sys.modules['torchvision'] = None; from hqod_ops.cli import main; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit(main(['train', '--name', 'x']))"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == BAD_INPUT and done.stderr.count("\n") == 1
+    assert "torchvision" in done.stderr and 'pip install "hqod_ops[detection]"' in done.stderr
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["train", "--epochs", "0"]])
+def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == BAD_INPUT
+    assert capsys.readouterr().err.startswith("usage: hqod")
+
+
+def test_recipes_are_valid() -> None:
+    from hqod_ops.detection.config import RunConfig, from_dict, read
+
+    recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml"))
+    assert recipes
+    for recipe in recipes:
+        from_dict(RunConfig, read(recipe))

@@ -1,0 +1,98 @@
+"""State of a QAT model: saving, loading, copies, the float state_dict, parameter groups."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+from hqod_ops.quant import (
+    calibrate,
+    float_state_dict,
+    load_float_state_dict,
+    parameter_groups,
+    prepare_qat,
+    quantizer_parameters,
+    summary,
+)
+from python_tests.test_quant_prepare import Net, batches, calibrated, train
+
+
+def test_save_and_load_continue_alike() -> None:
+    model = calibrated()
+    train(model)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = prepare_qat(Net())
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert list(summary(other)) == list(summary(model))
+    assert train(other) == train(model)
+    with pytest.raises(RuntimeError, match=r"body\.0\.\w+_quantizer: code_range"):
+        prepare_qat(Net(), "hqod_w2a2").load_state_dict(model.state_dict())
+
+
+def test_a_deepcopy_is_independent_and_equal() -> None:
+    model = calibrated()
+    twin = copy.deepcopy(model)
+    kept = copy.deepcopy(model.state_dict())
+    losses = train(twin)
+    assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+    assert train(model) == losses
+
+
+def test_an_averaged_model_follows() -> None:
+    model = calibrated()
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    train(model)
+    average.update_parameters(model)
+    assert torch.equal(average.module.stem.input_quantizer.scale, model.stem.input_quantizer.scale)
+    average.eval()
+    model.eval()
+    assert torch.equal(average(batches()[0]), model(batches()[0]))
+
+
+def test_float_state_goes_in_and_out() -> None:
+    source, model = Net(), prepare_qat(Net())
+    result = model.load_state_dict(source.state_dict(), strict=False)
+    assert not result.unexpected_keys
+    assert all(
+        key.endswith(("quantizer.scale", "quantizer.code_range")) for key in result.missing_keys
+    )
+    calibrate(model, batches(), progress=False)
+    back = Net()
+    back.load_state_dict(float_state_dict(model))
+    assert all(torch.equal(v, back.state_dict()[k]) for k, v in source.state_dict().items())
+    other = prepare_qat(Net())
+    load_float_state_dict(other, source.state_dict())
+    assert torch.equal(other.up.weight, source.up.weight)
+    broken = dict(source.state_dict())
+    broken["stem.wieght"] = broken.pop("stem.weight")
+    with pytest.raises(KeyError, match=r"missing: \['stem.weight'\], unknown: \['stem.wieght'\]"):
+        load_float_state_dict(other, broken)
+
+
+def test_parameter_groups_part_the_scales() -> None:
+    model = prepare_qat(Net())
+    model.norm.requires_grad_(False)
+    scales = quantizer_parameters(model)
+    assert len(scales) == 10
+    others, last = parameter_groups(model, weight_decay=0.1, scale_weight_decay=0.2)
+    assert (others["weight_decay"], last["weight_decay"]) == (0.1, 0.2)
+    assert {id(p) for p in last["params"]} == {id(p) for p in scales}
+    assert {id(p) for p in others["params"]} == {
+        id(p) for n, p in model.named_parameters() if "quantizer" not in n and "norm" not in n
+    }
+
+
+def test_an_optimizer_made_before_calibration_trains_the_scales() -> None:
+    model = prepare_qat(Net())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    calibrate(model, batches(), progress=False)
+    before = [scale.detach().clone() for scale in quantizer_parameters(model)]
+    model(batches()[0]).square().sum().backward()
+    optimizer.step()
+    after = quantizer_parameters(model)
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
