@@ -58,10 +58,15 @@ def test_every_public_name_is_documented(name: str) -> None:
             assert f"{parameter} (" in text, f"{name} does not document {parameter}"
 
 
-def test_functions_and_reference_have_one_signature() -> None:
+def test_functions_and_reference_take_the_same() -> None:
+    """The same parameters with the same defaults, so that one can stand in for the other."""
     for name in hqod_ops.__all__:
         documented = getattr(hqod_ops, name)
         twin = getattr(hqod_ops.reference, name, None)
         if inspect.isfunction(documented) and twin is not None:
-            assert inspect.signature(documented) == inspect.signature(twin), name
+            ours, theirs = (
+                {p.name: p.default for p in inspect.signature(function).parameters.values()}
+                for function in (documented, twin)
+            )
+            assert ours == theirs, name
             assert f"hqod_ops.{name}" in (twin.__doc__ or "")

@@ -43,8 +43,8 @@ from hqod_ops.quant import QATConfig, calibrate, prepare_qat
 CONFIG = "config.json"
 RESULT = "result.json"
 HARMONY = "harmony.npz"
-_MAY_CHANGE = {"name", "device", "data.workers"}
-"""Settings that a resumed run may change: they do not change what is computed."""
+_MAY_CHANGE = {"name", "device"}
+"""Settings that a resumed run may change: at most its rounding differs then."""
 
 _EVALUATION_BATCH = 64
 

@@ -5,6 +5,7 @@ HQOD_MATH_BEGIN
 
 template <typename T, bool target_grad>
 struct BoxIoU {
+  using Type = T;
   using Inputs = BoxInputs<T, target_grad>;
 
   explicit BoxIoU(const LossCall&) {}
@@ -23,19 +24,19 @@ HQOD_MATH_END
 namespace hqod {
 
 void HQOD_KERNEL_NAME(box_iou_forward)(const LossCall& call, int64_t begin, int64_t end) {
-  with_type(call.dtype, [&](auto tag) {
-    using S = decltype(tag);
-    loss_forward<S, BoxIoU<Compute<S>, false>>(call, begin, end);
+  with_compute_type(call.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    loss_forward<BoxIoU<T, false>>(call, begin, end);
   });
 }
 
 void HQOD_KERNEL_NAME(box_iou_backward)(const LossCall& call, int64_t begin, int64_t end) {
-  with_type(call.dtype, [&](auto tag) {
-    using S = decltype(tag);
+  with_compute_type(call.dtype, [&](auto tag) {
+    using T = decltype(tag);
     if (call.d_target != nullptr) {
-      loss_backward<S, BoxIoU<Compute<S>, true>>(call, begin, end);
+      loss_backward<BoxIoU<T, true>>(call, begin, end);
     } else {
-      loss_backward<S, BoxIoU<Compute<S>, false>>(call, begin, end);
+      loss_backward<BoxIoU<T, false>>(call, begin, end);
     }
   });
 }

@@ -1,38 +1,23 @@
 // Loads and stores of every dtype through buffers of the compute type: float for half and bfloat16.
+// The formulas are thus compiled for float and double alone.
 #pragma once
 
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
 
+#include "kernels/dtype.h"
 #include "math/config.h"
 
 HQOD_MATH_BEGIN
 
 struct Bfloat16 {
-  using Compute = float;
   uint16_t bits;
 };
 
 struct Half {
-  using Compute = float;
   uint16_t bits;
 };
-
-template <typename T>
-struct ComputeOf {
-  using type = typename T::Compute;
-};
-template <>
-struct ComputeOf<float> {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <typename T>
-using Compute = typename ComputeOf<T>::type;
 
 HQOD_HD float widen(Bfloat16 x) {
   return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
@@ -68,44 +53,75 @@ HQOD_HD void narrow(float x, Half& out) {
   out.bits = static_cast<uint16_t>(sign | half);
 }
 
-template <typename T>
-HQOD_HD void load(const T* from, Compute<T>* to, int64_t n) {
+HQOD_HD void load(const Bfloat16* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+
+HQOD_HD void load(const Half* from, float* to, int64_t n) {
   int64_t i = 0;
 #ifdef __F16C__
-  if constexpr (__is_same(T, Half)) {
-    for (; i + 8 <= n; i += 8) {
-      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
-    }
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
   }
 #endif
-  for (; i < n; ++i) {
-    if constexpr (__is_same(T, Compute<T>)) {
-      to[i] = from[i];
-    } else {
-      to[i] = widen(from[i]);
+  for (; i < n; ++i) to[i] = widen(from[i]);
+}
+
+HQOD_HD void store(const float* from, Bfloat16* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(from[i], to[i]);
+}
+
+HQOD_HD void store(const float* from, Half* to, int64_t n) {
+  int64_t i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
+  }
+#endif
+  for (; i < n; ++i) narrow(from[i], to[i]);
+}
+
+// n elements of a dtype from index start on, as T: in place when they are that already, else in the
+// buffer.
+template <typename T>
+__attribute__((noinline)) const T* read(Dtype dtype, const void* from, int64_t start, int64_t n,
+                                        T* buffer) {
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == Dtype::kBfloat16) {
+      load(static_cast<const Bfloat16*>(from) + start, buffer, n);
+      return buffer;
+    }
+    if (dtype == Dtype::kHalf) {
+      load(static_cast<const Half*>(from) + start, buffer, n);
+      return buffer;
     }
   }
+  return static_cast<const T*>(from) + start;
+}
+
+// Where n results go that write() then brings to their place: that place itself, or the buffer.
+template <typename T>
+HQOD_HD T* write_target(Dtype dtype, void* to, int64_t start, T* buffer) {
+  const bool direct = dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64;
+  return direct ? static_cast<T*>(to) + start : buffer;
 }
 
 template <typename T>
-HQOD_HD void store(const Compute<T>* from, T* to, int64_t n) {
-  int64_t i = 0;
-#ifdef __F16C__
-  if constexpr (__is_same(T, Half)) {
-    for (; i + 8 <= n; i += 8) {
-      const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
-    }
+__attribute__((noinline)) void write(Dtype dtype, const T* buffer, void* to, int64_t start,
+                                     int64_t n) {
+  if constexpr (sizeof(T) == 4) {
+    if (dtype == Dtype::kBfloat16) store(buffer, static_cast<Bfloat16*>(to) + start, n);
+    if (dtype == Dtype::kHalf) store(buffer, static_cast<Half*>(to) + start, n);
   }
-#endif
-  for (; i < n; ++i) {
-    if constexpr (__is_same(T, Compute<T>)) {
-      to[i] = from[i];
-    } else {
-      narrow(from[i], to[i]);
-    }
-  }
+}
+
+// Calls f with a value of the type that a dtype is computed in.
+template <typename F>
+HQOD_HD void with_compute_type(Dtype dtype, F&& f) {
+  if (dtype == Dtype::kFloat64) return f(double{});
+  f(float{});
 }
 
 HQOD_MATH_END

@@ -1,7 +1,6 @@
 #include "kernels/cpu/fake_quant.h"
 
 #include "kernels/cpu/convert.h"
-#include "kernels/cpu/with_type.h"
 #include "math/fake_quant.h"
 #include "math/fake_quant_layout.h"
 
@@ -104,39 +103,17 @@ HQOD_HD void backward_tile(const T* __restrict x, const T* __restrict dy, T* __r
   }
 }
 
-// A stretch of x (and dy) as compute-type memory, and one of y or dx that is stored back: the
-// tensor's own memory for float and double, a small buffer for the half types.
-template <typename S>
+// A stretch of x, of dy and of y or dx while they are widened.
+template <typename T>
 struct Stage {
-  using T = Compute<S>;
-  static constexpr bool direct = __is_same(S, T);
-  static constexpr int64_t step = direct ? (int64_t{1} << 62) : kStage;
-  alignas(64) T x_buffer[direct ? 1 : kStage];
-  alignas(64) T dy_buffer[direct ? 1 : kStage];
-  alignas(64) T out_buffer[direct ? 1 : kStage];
-
-  HQOD_HD const T* read(const void* base, int64_t at, int64_t n, T* buffer) {
-    const S* from = static_cast<const S*>(base) + at;
-    if constexpr (direct) {
-      return from;
-    } else {
-      load(from, buffer, n);
-      return buffer;
-    }
-  }
-
-  HQOD_HD T* target(void* base, int64_t at) {
-    if constexpr (direct) {
-      return static_cast<S*>(base) + at;
-    } else {
-      return out_buffer;
-    }
-  }
-
-  HQOD_HD void write(void* base, int64_t at, int64_t n) {
-    if constexpr (!direct) store(out_buffer, static_cast<S*>(base) + at, n);
-  }
+  alignas(64) T x[kStage], dy[kStage], out[kStage];
 };
+
+// Elements that are taken at a time: all where the tensor's own memory serves, else a stage.
+HQOD_HD int64_t stretch(Dtype dtype) {
+  const bool direct = dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64;
+  return direct ? int64_t{1} << 62 : kStage;
+}
 
 // Calls f(at, n, offset) for every stretch of a unit: at in memory, offset in the tile.
 template <typename F>
@@ -150,37 +127,36 @@ HQOD_HD void for_stretches(const FakeQuantUnit& unit, int64_t numel, int64_t ste
   }
 }
 
-template <typename S, bool shared>
+template <bool shared, typename T>
 HQOD_HD void forward_unit(const FakeQuantCall& call, const FakeQuantLayout& layout,
-                          const FakeQuantUnit& unit, const QuantScale<Compute<S>>& row,
-                          const TileScales<Compute<S>>& tile, Stage<S>& stage) {
-  using T = Compute<S>;
-  for_stretches(unit, layout.numel, stage.step, [&](int64_t at, int64_t n, int64_t offset) {
-    const T* x = stage.read(call.x, at, n, stage.x_buffer);
-    T* y = stage.target(call.y, at);
+                          const FakeQuantUnit& unit, const QuantScale<T>& row,
+                          const TileScales<T>& tile, Stage<T>& stage) {
+  const int64_t step = stretch(call.dtype);
+  for_stretches(unit, layout.numel, step, [&](int64_t at, int64_t n, int64_t offset) {
+    const T* x = read(call.dtype, call.x, at, n, stage.x);
+    T* y = write_target(call.dtype, call.y, at, stage.out);
     if (layout.rows) {
       forward_row<shared>(x, y, n, row);
     } else {
       forward_tile<shared>(x, y, n, tile, offset);
     }
-    stage.write(call.y, at, n);
+    if (y == stage.out) write(call.dtype, y, call.y, at, n);
   });
 }
 
-template <typename S>
+template <typename T>
 void forward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
-  using T = Compute<S>;
   const FakeQuantLayout layout = fake_quant_layout(call.outer, call.channels, call.inner);
-  Stage<S> stage;
+  Stage<T> stage;
   TileScales<T> tile;
   for (int64_t index = begin; index < end; ++index) {
     const FakeQuantUnit unit = fake_quant_unit(layout, index);
     const QuantScale<T> row = channel_scale<T>(call, unit.channel);
     if (!layout.rows) tile.fill(call, layout, unit);
     if (layout.rows ? quotient_works(row.scale) : tile.shared) {
-      forward_unit<S, true>(call, layout, unit, row, tile, stage);
+      forward_unit<true>(call, layout, unit, row, tile, stage);
     } else {
-      forward_unit<S, false>(call, layout, unit, row, tile, stage);
+      forward_unit<false>(call, layout, unit, row, tile, stage);
     }
   }
 }
@@ -211,30 +187,28 @@ struct UnitSums {
   alignas(64) T scale[kTile], zero_point[kTile];
 };
 
-template <typename S, typename W, bool shared>
+template <bool shared, typename W, typename T>
 HQOD_HD void backward_unit(const FakeQuantCall& call, const FakeQuantLayout& layout,
-                           const FakeQuantUnit& unit, const QuantScale<Compute<S>>& row,
-                           const TileScales<Compute<S>>& tile, Stage<S>& stage,
-                           UnitSums<Compute<S>>& sums) {
-  using T = Compute<S>;
-  for_stretches(unit, layout.numel, stage.step, [&](int64_t at, int64_t n, int64_t offset) {
-    const T* x = stage.read(call.x, at, n, stage.x_buffer);
-    const T* dy = stage.read(call.dy, at, n, stage.dy_buffer);
-    T* dx = W::dx ? stage.target(call.dx, at) : nullptr;
+                           const FakeQuantUnit& unit, const QuantScale<T>& row,
+                           const TileScales<T>& tile, Stage<T>& stage, UnitSums<T>& sums) {
+  const int64_t step = stretch(call.dtype);
+  for_stretches(unit, layout.numel, step, [&](int64_t at, int64_t n, int64_t offset) {
+    const T* x = read(call.dtype, call.x, at, n, stage.x);
+    const T* dy = read(call.dtype, call.dy, at, n, stage.dy);
+    T* dx = W::dx ? write_target(call.dtype, call.dx, at, stage.out) : nullptr;
     if (layout.rows) {
       backward_row<shared, W>(x, dy, dx, n, row, sums.scale, sums.zero_point);
     } else {
       backward_tile<shared, W>(x, dy, dx, n, tile, offset, sums.scale, sums.zero_point);
     }
-    if constexpr (W::dx) stage.write(call.dx, at, n);
+    if (W::dx && dx == stage.out) write(call.dtype, dx, call.dx, at, n);
   });
 }
 
-template <typename S, typename W>
+template <typename T, typename W>
 void backward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
-  using T = Compute<S>;
   const FakeQuantLayout layout = fake_quant_layout(call.outer, call.channels, call.inner);
-  Stage<S> stage;
+  Stage<T> stage;
   TileScales<T> tile;
   UnitSums<T> sums;
   for (int64_t index = begin; index < end; ++index) {
@@ -244,9 +218,9 @@ void backward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
     const int64_t used = layout.rows ? kSumLanes : unit.width;
     for (int64_t i = 0; i < used; ++i) sums.scale[i] = sums.zero_point[i] = T(0);
     if (layout.rows ? quotient_works(row.scale) : tile.shared) {
-      backward_unit<S, W, true>(call, layout, unit, row, tile, stage, sums);
+      backward_unit<true, W>(call, layout, unit, row, tile, stage, sums);
     } else {
-      backward_unit<S, W, false>(call, layout, unit, row, tile, stage, sums);
+      backward_unit<false, W>(call, layout, unit, row, tile, stage, sums);
     }
     if constexpr (W::ds) collect(sums.scale, layout, unit, call.scale_sums);
     if constexpr (W::dz) collect(sums.zero_point, layout, unit, call.zero_point_sums);
@@ -258,21 +232,21 @@ HQOD_MATH_END
 namespace hqod {
 
 void HQOD_KERNEL_NAME(fake_quant_forward)(const FakeQuantCall& call, int64_t begin, int64_t end) {
-  with_type(call.dtype, [&](auto tag) { forward_units<decltype(tag)>(call, begin, end); });
+  with_compute_type(call.dtype, [&](auto tag) { forward_units<decltype(tag)>(call, begin, end); });
 }
 
 void HQOD_KERNEL_NAME(fake_quant_backward)(const FakeQuantCall& call, int64_t begin, int64_t end) {
   const bool dx = call.dx != nullptr, ds = call.scale_sums != nullptr;
   const bool dz = call.zero_point_sums != nullptr;
-  with_type(call.dtype, [&](auto tag) {
-    using S = decltype(tag);
-    if (dx && ds && dz) return backward_units<S, Want<true, true, true>>(call, begin, end);
-    if (dx && ds) return backward_units<S, Want<true, true, false>>(call, begin, end);
-    if (dx && dz) return backward_units<S, Want<true, false, true>>(call, begin, end);
-    if (dx) return backward_units<S, Want<true, false, false>>(call, begin, end);
-    if (ds && dz) return backward_units<S, Want<false, true, true>>(call, begin, end);
-    if (ds) return backward_units<S, Want<false, true, false>>(call, begin, end);
-    if (dz) return backward_units<S, Want<false, false, true>>(call, begin, end);
+  with_compute_type(call.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if (dx && ds && dz) return backward_units<T, Want<true, true, true>>(call, begin, end);
+    if (dx && ds) return backward_units<T, Want<true, true, false>>(call, begin, end);
+    if (dx && dz) return backward_units<T, Want<true, false, true>>(call, begin, end);
+    if (dx) return backward_units<T, Want<true, false, false>>(call, begin, end);
+    if (ds && dz) return backward_units<T, Want<false, true, true>>(call, begin, end);
+    if (ds) return backward_units<T, Want<false, true, false>>(call, begin, end);
+    if (dz) return backward_units<T, Want<false, false, true>>(call, begin, end);
   });
 }
 

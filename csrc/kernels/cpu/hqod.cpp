@@ -11,21 +11,20 @@ struct BoxAndScoreInputs {
   BoxInputs<T, target_grad> boxes;
   ScoreInputs<T> scores;
 
-  template <typename S>
   HQOD_HD void load_from(const LossCall& call, int64_t start, int64_t n) {
-    boxes.template load_from<S>(call, start, n);
-    scores.template load_from<S>(call, start, n);
+    boxes.load_from(call, start, n);
+    scores.load_from(call, start, n);
   }
 
-  template <typename S>
   HQOD_HD void store_to(const LossCall& call, int64_t start, int64_t n) const {
-    boxes.template store_to<S>(call, start, n);
-    scores.template store_to<S>(call, start, n);
+    boxes.store_to(call, start, n);
+    scores.store_to(call, start, n);
   }
 };
 
 template <typename T, TCorrVariant variant, bool logits, bool target_grad>
 struct HqodLoss {
+  using Type = T;
   using Inputs = BoxAndScoreInputs<T, target_grad>;
   T alpha, gamma, hiou_weight, tcorr_weight;
 
@@ -56,22 +55,22 @@ HQOD_MATH_END
 namespace hqod {
 
 void HQOD_KERNEL_NAME(hqod_forward)(const LossCall& call, int64_t begin, int64_t end) {
-  with_type(call.dtype, [&](auto tag) {
-    using S = decltype(tag);
+  with_compute_type(call.dtype, [&](auto tag) {
+    using T = decltype(tag);
     with_tcorr_options(call, [&](auto variant, auto logits) {
-      loss_forward<S, HqodLoss<Compute<S>, variant, logits, false>>(call, begin, end);
+      loss_forward<HqodLoss<T, variant, logits, false>>(call, begin, end);
     });
   });
 }
 
 void HQOD_KERNEL_NAME(hqod_backward)(const LossCall& call, int64_t begin, int64_t end) {
-  with_type(call.dtype, [&](auto tag) {
-    using S = decltype(tag);
+  with_compute_type(call.dtype, [&](auto tag) {
+    using T = decltype(tag);
     with_tcorr_options(call, [&](auto variant, auto logits) {
       if (call.d_target != nullptr) {
-        loss_backward<S, HqodLoss<Compute<S>, variant, logits, true>>(call, begin, end);
+        loss_backward<HqodLoss<T, variant, logits, true>>(call, begin, end);
       } else {
-        loss_backward<S, HqodLoss<Compute<S>, variant, logits, false>>(call, begin, end);
+        loss_backward<HqodLoss<T, variant, logits, false>>(call, begin, end);
       }
     });
   });

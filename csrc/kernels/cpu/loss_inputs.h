@@ -9,18 +9,14 @@ template <typename T, bool target_grad>
 struct BoxInputs {
   BoxBlock<T> pred, target, d_pred, d_target;
 
-  template <typename S>
   HQOD_HD void load_from(const LossCall& call, int64_t start, int64_t n) {
-    pred.load_from(static_cast<const S*>(call.pred) + 4 * start, n);
-    target.load_from(static_cast<const S*>(call.target) + 4 * start, n);
+    pred.load_from(call.dtype, call.pred, start, n);
+    target.load_from(call.dtype, call.target, start, n);
   }
 
-  template <typename S>
   HQOD_HD void store_to(const LossCall& call, int64_t start, int64_t n) const {
-    if (call.d_pred != nullptr) d_pred.store_to(static_cast<S*>(call.d_pred) + 4 * start, n);
-    if constexpr (target_grad) {
-      d_target.store_to(static_cast<S*>(call.d_target) + 4 * start, n);
-    }
+    if (call.d_pred != nullptr) d_pred.store_to(call.dtype, call.d_pred, start, n);
+    if constexpr (target_grad) d_target.store_to(call.dtype, call.d_target, start, n);
   }
 
   HQOD_HD Overlap<T> overlap(int64_t i) const { return box_overlap(pred[i], target[i]); }
@@ -37,16 +33,14 @@ template <typename T>
 struct ScoreInputs {
   alignas(64) T score[kBlock], iou[kBlock], d_score[kBlock], d_iou[kBlock];
 
-  template <typename S>
   HQOD_HD void load_from(const LossCall& call, int64_t start, int64_t n) {
-    load(static_cast<const S*>(call.scores) + start, score, n);
-    if (call.ious != nullptr) load(static_cast<const S*>(call.ious) + start, iou, n);
+    load_values(call.dtype, call.scores, start, n, score);
+    if (call.ious != nullptr) load_values(call.dtype, call.ious, start, n, iou);
   }
 
-  template <typename S>
   HQOD_HD void store_to(const LossCall& call, int64_t start, int64_t n) const {
-    if (call.d_scores != nullptr) store(d_score, static_cast<S*>(call.d_scores) + start, n);
-    if (call.d_ious != nullptr) store(d_iou, static_cast<S*>(call.d_ious) + start, n);
+    if (call.d_scores != nullptr) store_values(call.dtype, d_score, call.d_scores, start, n);
+    if (call.d_ious != nullptr) store_values(call.dtype, d_iou, call.d_ious, start, n);
   }
 };
 

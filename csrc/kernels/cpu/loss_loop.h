@@ -2,7 +2,7 @@
 // that the formula in between is a plain vector loop.
 #pragma once
 
-#include "kernels/cpu/with_type.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/loss_call.h"
 #include "math/box_iou.h"
 
@@ -24,7 +24,9 @@ struct BoxBlock {
     y2[i] = box.y2;
   }
 
-  HQOD_HD void split(const T* __restrict boxes, int64_t n) {
+  HQOD_HD void load_from(Dtype dtype, const void* from, int64_t start, int64_t n) {
+    alignas(64) T buffer[4 * kBlock];
+    const T* __restrict boxes = read(dtype, from, 4 * start, 4 * n, buffer);
     for (int64_t i = 0; i < n; ++i) {
       x1[i] = boxes[4 * i];
       y1[i] = boxes[4 * i + 1];
@@ -33,48 +35,38 @@ struct BoxBlock {
     }
   }
 
-  HQOD_HD void join(T* __restrict boxes, int64_t n) const {
+  HQOD_HD void store_to(Dtype dtype, void* to, int64_t start, int64_t n) const {
+    alignas(64) T buffer[4 * kBlock];
+    T* __restrict boxes = write_target(dtype, to, 4 * start, buffer);
     for (int64_t i = 0; i < n; ++i) {
       boxes[4 * i] = x1[i];
       boxes[4 * i + 1] = y1[i];
       boxes[4 * i + 2] = x2[i];
       boxes[4 * i + 3] = y2[i];
     }
-  }
-
-  template <typename Source>
-  HQOD_HD void load_from(const Source* boxes, int64_t n) {
-    if constexpr (__is_same(Source, T)) {
-      split(boxes, n);
-    } else {
-      alignas(64) T wide[4 * kBlock];
-      load(boxes, wide, 4 * n);
-      split(wide, n);
-    }
-  }
-
-  template <typename Target>
-  HQOD_HD void store_to(Target* boxes, int64_t n) const {
-    if constexpr (__is_same(Target, T)) {
-      join(boxes, n);
-    } else {
-      alignas(64) T wide[4 * kBlock];
-      join(wide, n);
-      store(wide, boxes, 4 * n);
-    }
+    if (boxes == buffer) write(dtype, buffer, to, 4 * start, 4 * n);
   }
 };
 
+// Samples start to start + n of an array as T.
 template <typename T>
-__attribute__((noinline)) void load_weight(const LossCall& call, int64_t start, int64_t n, T* out) {
-  if (call.weight == nullptr) {
-    for (int64_t i = 0; i < n; ++i) out[i] = T(1);
-    return;
-  }
-  with_type(call.weight_dtype, [&](auto tag) {
-    using W = decltype(tag);
-    if constexpr (__is_same(Compute<W>, T)) load(static_cast<const W*>(call.weight) + start, out, n);
-  });
+HQOD_HD void load_values(Dtype dtype, const void* from, int64_t start, int64_t n, T* out) {
+  const T* values = read(dtype, from, start, n, out);
+  if (values == out) return;
+  for (int64_t i = 0; i < n; ++i) out[i] = values[i];
+}
+
+template <typename T>
+HQOD_HD void store_values(Dtype dtype, const T* values, void* to, int64_t start, int64_t n) {
+  T* out = write_target(dtype, to, start, const_cast<T*>(values));
+  if (out == values) return write(dtype, values, to, start, n);
+  for (int64_t i = 0; i < n; ++i) out[i] = values[i];
+}
+
+template <typename T>
+HQOD_HD void load_weight(const LossCall& call, int64_t start, int64_t n, T* out) {
+  if (call.weight != nullptr) return load_values(call.weight_dtype, call.weight, start, n, out);
+  for (int64_t i = 0; i < n; ++i) out[i] = T(1);
 }
 
 // Sums of a block's losses in lanes of their own, combined in a fixed order.
@@ -97,10 +89,11 @@ struct LaneSums {
   }
 };
 
-// A Formula has its Inputs, which load a block by load_from(call, start, n), and loss(inputs, i).
-template <typename S, typename Formula>
+// A Formula has the Type it computes in, its Inputs, which load a block by load_from(call, start, n),
+// and loss(inputs, i).
+template <typename Formula>
 void loss_forward(const LossCall& call, int64_t begin, int64_t end) {
-  using T = Compute<S>;
+  using T = typename Formula::Type;
   const Formula formula(call);
   typename Formula::Inputs in;
   alignas(64) T loss[kBlock], weight[kBlock];
@@ -110,11 +103,12 @@ void loss_forward(const LossCall& call, int64_t begin, int64_t end) {
     LaneSums<T> sums;
     for (int64_t start = first; start < last; start += kBlock) {
       const int64_t n = last - start < kBlock ? last - start : kBlock;
-      in.template load_from<S>(call, start, n);
+      in.load_from(call, start, n);
       load_weight(call, start, n, weight);
       for (int64_t i = 0; i < n; ++i) loss[i] = weight[i] * formula.loss(in, i);
       if (call.loss != nullptr) {
-        store(loss, static_cast<T*>(call.loss) + start, n);
+        T* out = static_cast<T*>(call.loss) + start;
+        for (int64_t i = 0; i < n; ++i) out[i] = loss[i];
       } else {
         sums.add(loss, n);
       }
@@ -126,9 +120,9 @@ void loss_forward(const LossCall& call, int64_t begin, int64_t end) {
 // Formula::grad(inputs, i, g) leaves sample i's gradients in inputs, which store_to(call, start, n)
 // writes out, and returns its loss. With call.partial_sums the losses are added up as well, and g is
 // the weight times call.factor; otherwise it is that times the upstream gradient.
-template <typename S, typename Formula>
+template <typename Formula>
 void loss_backward(const LossCall& call, int64_t begin, int64_t end) {
-  using T = Compute<S>;
+  using T = typename Formula::Type;
   const Formula formula(call);
   typename Formula::Inputs in;
   alignas(64) T loss[kBlock], weight[kBlock], grad[kBlock];
@@ -142,7 +136,7 @@ void loss_backward(const LossCall& call, int64_t begin, int64_t end) {
     LaneSums<T> sums;
     for (int64_t start = first; start < last; start += kBlock) {
       const int64_t n = last - start < kBlock ? last - start : kBlock;
-      in.template load_from<S>(call, start, n);
+      in.load_from(call, start, n);
       load_weight(call, start, n, weight);
       if (one_upstream) {
         for (int64_t i = 0; i < n; ++i) grad[i] = weight[i] * factor;
@@ -150,7 +144,7 @@ void loss_backward(const LossCall& call, int64_t begin, int64_t end) {
         for (int64_t i = 0; i < n; ++i) grad[i] = weight[i] * factor * upstream[start + i];
       }
       for (int64_t i = 0; i < n; ++i) loss[i] = weight[i] * formula.grad(in, i, grad[i]);
-      in.template store_to<S>(call, start, n);
+      in.store_to(call, start, n);
       if (call.partial_sums != nullptr) sums.add(loss, n);
     }
     if (call.partial_sums != nullptr) call.partial_sums[chunk] = sums.total();

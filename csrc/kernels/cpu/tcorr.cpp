@@ -8,6 +8,7 @@ HQOD_MATH_BEGIN
 
 template <typename T, TCorrVariant variant, bool logits>
 struct TCorrLoss {
+  using Type = T;
   using Inputs = ScoreInputs<T>;
 
   explicit TCorrLoss(const LossCall&) {}
@@ -29,19 +30,19 @@ HQOD_MATH_END
 namespace hqod {
 
 void HQOD_KERNEL_NAME(tcorr_forward)(const LossCall& call, int64_t begin, int64_t end) {
-  with_type(call.dtype, [&](auto tag) {
-    using S = decltype(tag);
+  with_compute_type(call.dtype, [&](auto tag) {
+    using T = decltype(tag);
     with_tcorr_options(call, [&](auto variant, auto logits) {
-      loss_forward<S, TCorrLoss<Compute<S>, variant, logits>>(call, begin, end);
+      loss_forward<TCorrLoss<T, variant, logits>>(call, begin, end);
     });
   });
 }
 
 void HQOD_KERNEL_NAME(tcorr_backward)(const LossCall& call, int64_t begin, int64_t end) {
-  with_type(call.dtype, [&](auto tag) {
-    using S = decltype(tag);
+  with_compute_type(call.dtype, [&](auto tag) {
+    using T = decltype(tag);
     with_tcorr_options(call, [&](auto variant, auto logits) {
-      loss_backward<S, TCorrLoss<Compute<S>, variant, logits>>(call, begin, end);
+      loss_backward<TCorrLoss<T, variant, logits>>(call, begin, end);
     });
   });
 }
