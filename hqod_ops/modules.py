@@ -46,7 +46,7 @@ class TCorrLoss(nn.Module):
         >>> import torch
         >>> from hqod_ops import TCorrLoss
         >>> TCorrLoss(logits=True)(torch.tensor([2.2]), torch.tensor([0.9]))
-        tensor(0.0690)
+        tensor(0.0693)
     """
 
     def __init__(

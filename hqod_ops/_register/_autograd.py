@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_HALF = (torch.bfloat16, torch.float16)
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -77,8 +78,10 @@ def differentiable(
 
     On the CPU a loss that is reduced computes its gradients in the forward pass, which has all that
     they need in registers, and its backward pass only returns them, scaled when the upstream
-    gradient is not 1. Elsewhere, where looking at that value would synchronise, and for an op that
-    is not reduced, the backward pass recomputes from the inputs.
+    gradient is not 1. The backward pass recomputes from the inputs where that will not do: on other
+    devices, where looking at the upstream gradient would synchronise; for half inputs, whose
+    gradients must not be rounded (nor underflow) before a loss scale reaches them; without a
+    reduction.
 
     Args:
         name (str): the op; the backward op is ``_<name>_backward``.
@@ -165,7 +168,7 @@ def differentiable(
     def call_loss(*args: Any) -> Any:
         if not wants_graph():
             return run(op, *args)
-        saving = args[reduction] != 0 and args[0].is_cpu
+        saving = args[reduction] != 0 and args[0].is_cpu and args[0].dtype not in _HALF
         apply = apply_saving if saving else apply_recomputing
         return apply(args[tensors:], *args[:tensors])
 

@@ -29,10 +29,10 @@ from hqod_ops.detection.train import (
     predict,
 )
 
-_SHOWN = 6
+_SHOWN = 8
 """Test images in the picture of detections."""
 
-_SHOWN_SCORE = 0.3
+_SHOWN_SCORE = 0.25
 
 _FLOAT_LR, _QUANT_LR = 4e-3, 1e-3
 
