@@ -45,7 +45,9 @@ class CMakeBuild(build_ext):
             try:
                 subprocess.run(command, check=True)
             except FileNotFoundError:
-                raise CompileError("hqod_ops: cmake is not installed: pip install cmake ninja") from None
+                raise CompileError(
+                    "hqod_ops: cmake is not installed: pip install cmake ninja"
+                ) from None
             except subprocess.CalledProcessError:
                 raise CompileError(
                     "hqod_ops: the native build failed; the reason stands above. It needs a C++20 "

@@ -67,9 +67,9 @@ inline void check_per_box(const char* name, const Tensor& x, const Tensor& boxes
 inline void check_float_beside(const char* name, const Tensor& x, const Tensor& other) {
   const bool half =
       other.scalar_type() == ScalarType::Half || other.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(x.scalar_type() == other.scalar_type() ||
-                      (half && x.scalar_type() == ScalarType::Float),
-                  name, ": expected the dtype of the input, or float32 beside a half one");
+  STD_TORCH_CHECK(
+      x.scalar_type() == other.scalar_type() || (half && x.scalar_type() == ScalarType::Float),
+      name, ": expected the dtype of the input, or float32 beside a half one");
 }
 
 }  // namespace hqod

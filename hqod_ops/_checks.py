@@ -1,4 +1,4 @@
-"""Checks of metadata, in front of every op: they name the argument, what was expected and what came.
+"""Checks of metadata, in front of every op: they name the argument, what was expected, what came.
 
 None of them reads a value, so none costs a device synchronisation. The native kernels repeat them
 for callers of ``torch.ops.hqod`` (``csrc/checks.h``), but can only raise RuntimeError.
@@ -6,6 +6,7 @@ for callers of ``torch.ops.hqod`` (``csrc/checks.h``), but can only raise Runtim
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,8 @@ REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 VARIANTS = {"official": 0, "geometric": 1}
 
 
-def _floating(name: str, x: Tensor) -> None:
+def floating(name: str, x: Tensor) -> None:
+    """A tensor of a floating point dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATS:
@@ -26,7 +28,7 @@ def _floating(name: str, x: Tensor) -> None:
         )
 
 
-def _alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """x must have the dtype and the device of other."""
     if x.dtype != other.dtype:
         raise TypeError(f"{name}: expected the dtype of {other_name}, {other.dtype}, got {x.dtype}")
@@ -38,8 +40,8 @@ def _alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 def box_pair(name1: str, boxes1: Tensor, name2: str, boxes2: Tensor) -> None:
     """Two sets of boxes [..., 4] of one shape, dtype and device."""
-    _floating(name1, boxes1)
-    _floating(name2, boxes2)
+    floating(name1, boxes1)
+    floating(name2, boxes2)
     if boxes1.shape != boxes2.shape:
         raise ValueError(
             f"{name1} and {name2}: expected one shape, "
@@ -47,25 +49,25 @@ def box_pair(name1: str, boxes1: Tensor, name2: str, boxes2: Tensor) -> None:
         )
     if boxes1.dim() == 0 or boxes1.shape[-1] != 4:
         raise ValueError(f"{name1}: expected shape [..., 4], got {tuple(boxes1.shape)}")
-    _alike(name2, boxes2, name1, boxes1)
+    alike(name2, boxes2, name1, boxes1)
 
 
 def per_sample(name: str, x: Tensor, shape: torch.Size, other_name: str, other: Tensor) -> None:
     """One value a sample, with the dtype and the device of other."""
-    _floating(name, x)
+    floating(name, x)
     if x.shape != shape:
         raise ValueError(
             f"{name}: expected shape {tuple(shape)}, one value a sample of {other_name}, "
             f"got {tuple(x.shape)}"
         )
-    _alike(name, x, other_name, other)
+    alike(name, x, other_name, other)
 
 
 def sample_weight(weight: Tensor | None, shape: torch.Size, other_name: str, other: Tensor) -> None:
     """An optional weight a sample; float32 is allowed beside half precision."""
     if weight is None:
         return
-    _floating("weight", weight)
+    floating("weight", weight)
     if weight.shape != shape:
         raise ValueError(
             f"weight: expected shape {tuple(shape)}, one value a sample of {other_name}, "
@@ -104,6 +106,29 @@ def channel_axis(x: Tensor, ch_axis: int | None) -> int | None:
     return ch_axis % x.dim()
 
 
+def integer(name: str, value: object) -> int:
+    """A whole number, of Python's or NumPy's."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected an int, got the {type(value).__name__} {value!r}"
+        ) from None
+
+
+def average(avg_factor: float | Tensor | None, reduction: str) -> None:
+    """What a mean divides by: one value, and only for a mean."""
+    if avg_factor is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f'avg_factor: expected reduction="mean" with it, got {reduction!r}')
+    if isinstance(avg_factor, Tensor) and avg_factor.dim() != 0:
+        raise ValueError(
+            f"avg_factor: expected a float or a tensor of shape (), "
+            f"got one of shape {tuple(avg_factor.shape)}"
+        )
+
+
 def quant_range(quant_min: int, quant_max: int) -> None:
     """A range of codes that float32 holds exactly."""
     if not (-(2**24) <= quant_min < quant_max <= 2**24):
@@ -114,13 +139,15 @@ def quant_range(quant_min: int, quant_max: int) -> None:
 
 
 def quant_params(x: Tensor, scale: Tensor, zero_point: Tensor | None, ch_axis: int | None) -> None:
-    """x with its scale and zero point: one value, or one a channel (ch_axis counted from the front)."""
-    _floating("x", x)
-    _floating("scale", scale)
+    """x with its scale and zero point: one value, or one a channel (ch_axis is not negative)."""
+    floating("x", x)
+    floating("scale", scale)
     expected = 1 if ch_axis is None else x.shape[ch_axis]
     for name, param in (("scale", scale), ("zero_point", zero_point)):
         if param is None:
             continue
+        if not isinstance(param, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(param).__name__}")
         if param.numel() != expected:
             what = "1 value (ch_axis is None)" if ch_axis is None else f"C = {expected} values"
             raise ValueError(

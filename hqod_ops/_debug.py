@@ -11,9 +11,9 @@ _enabled = False
 def debug(enabled: bool = True) -> None:
     """Switch the checks of values on or off, for every op and thread of the process.
 
-    With them on, an op raises ValueError when a box, a score or an IoU is not finite, when a box has
-    x2 < x1 or y2 < y1, and when a scale is not positive and finite. They read values back from the
-    device, so they are off by default, and they are skipped inside ``torch.compile``.
+    With them on, an op raises ValueError when a box, a score or an IoU is not finite, when a box
+    has x2 < x1 or y2 < y1, and when a scale is not positive and finite. They read values back from
+    the device, so they are off by default, and they are skipped inside ``torch.compile``.
 
     Args:
         enabled (bool): whether to check values from now on.

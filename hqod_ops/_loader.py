@@ -7,9 +7,10 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
+from torch import Tensor
 
 from hqod_ops._version import __version__
 
@@ -18,6 +19,17 @@ LIBRARIES = {"cpu": "libhqod_ops.so", "cuda": "libhqod_ops_cuda.so"}
 
 _errors: dict[str, str] = {}
 _backend_module: ModuleType | None = None
+
+
+class Backend(Protocol):
+    """What a backend offers: the ops, with the arguments of :mod:`hqod_ops.reference`."""
+
+    def aligned_box_iou(self, boxes1: Tensor, boxes2: Tensor) -> Tensor: ...
+    def harmonious_iou_loss(self, *args: Any, **options: Any) -> Tensor: ...
+    def tcorr_loss(self, *args: Any, **options: Any) -> Tensor: ...
+    def hqod_loss(self, *args: Any, **options: Any) -> Tensor: ...
+    def fake_quant(self, *args: Any, **options: Any) -> Tensor: ...
+    def fake_quant_foreach(self, *args: Any, **options: Any) -> list[Tensor]: ...
 
 
 class BackendError(ImportError):
@@ -53,7 +65,7 @@ def _choose() -> ModuleType | None:
     return importlib.import_module("hqod_ops._register")
 
 
-def backend() -> Any:
+def backend() -> Backend:
     """The module that runs the ops: the native one, or the reference when it was asked for.
 
     Raises:
@@ -67,7 +79,7 @@ def backend() -> Any:
             "  pip install --no-build-isolation --force-reinstall --no-deps .\n"
             "or choose the slow plain PyTorch implementation: HQOD_BACKEND=reference"
         )
-    return _backend_module
+    return cast(Backend, _backend_module)
 
 
 def build_info() -> dict[str, str]:

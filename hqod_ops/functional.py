@@ -5,7 +5,6 @@ The formulas are in :mod:`hqod_ops.reference` (plain PyTorch) and ``csrc/math`` 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -26,9 +25,10 @@ def _widen(x: _Maybe) -> _Maybe:
 
 def _autocast(x: Tensor, *more: Tensor) -> bool:
     """Whether autocast asks for float32: with a half input, and inside ``torch.autocast``."""
-    if x.dtype not in _HALF and all(y.dtype not in _HALF for y in more):
-        return False
-    return torch.is_autocast_enabled(x.device.type)
+    for y in (x, *more):
+        if isinstance(y, Tensor) and y.dtype in _HALF:
+            return torch.is_autocast_enabled(y.device.type)
+    return False
 
 
 def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ def harmonious_iou_loss(
         alpha (float): overall factor. Default: 1.5
         gamma (float): balance; 0 gives ``alpha * (1 - iou)``. Default: 0.8
         weight (Tensor[...], optional): one factor a box. Default: None, all 1
-        reduction (str): ``"none"``, ``"sum"`` or ``"mean"`` (the sum over the number of boxes; 0 for
-            none). Default: ``"none"``
+        reduction (str): ``"none"``, ``"sum"`` or ``"mean"`` (the sum over the number of boxes; 0
+            for none). Default: ``"none"``
 
     Returns:
         Tensor[...] or Tensor[]: float32 for half inputs, else the dtype of the inputs.
@@ -134,13 +134,13 @@ def tcorr_loss(
     weight: Tensor | None = None,
     reduction: str = "none",
 ) -> Tensor:
-    """Task-correlation loss (TCorr): ties the class score p of a positive sample to its box's IoU u.
+    """Task-correlation loss (TCorr): ties a positive sample's class score p to its box's IoU u.
 
-    ``loss = (1 + sg|p - u|) * (exp(-C) - exp(-1))``, where sg stops the gradient and the agreement C
-    of score and IoU is, with e = 2.2e-16,
+    ``loss = (1 + sg|p - u|) * (exp(-C) - exp(-1))``, where sg stops the gradient and the agreement
+    C of score and IoU is, with e = 2.2e-16,
 
-    - ``"official"``: ``(p + e)**u * (u + e)**p - e``, as published. Beside p = u = 1 it has a second
-      optimum at p = u = 0, and it lowers p on 39 % of the unit square.
+    - ``"official"``: ``(p + e)**u * (u + e)**p - e``, as published. Beside p = u = 1 it has a
+      second optimum at p = u = 0, and it lowers p on 39 % of the unit square.
     - ``"geometric"``: ``sqrt((p + e) * (u + e))``, which grows with both: the only optimum is
       p = u = 1, and score and IoU are always raised, the worse of the two with more force.
 
@@ -177,6 +177,7 @@ def tcorr_loss(
     """
     if _autocast(scores, ious):
         scores, ious, weight = _widen(scores), _widen(ious), _widen(weight)
+    _checks.floating("scores", scores)
     _checks.per_sample("ious", ious, scores.shape, "scores", scores)
     _checks.sample_weight(weight, scores.shape, "scores", scores)
     _checks.choice("variant", variant, _checks.VARIANTS)
@@ -207,7 +208,7 @@ def hqod_loss(
 ) -> Tensor:
     """The two losses that HQOD adds for positive samples, fused into one pass.
 
-    ``loss = hiou_weight * HIoU(iou) + tcorr_weight * TCorr(p, iou)`` with ``iou`` of pred and target:
+    ``loss = hiou_weight * HIoU(iou) + tcorr_weight * TCorr(p, iou)``, iou that of pred and target:
     :func:`harmonious_iou_loss` and :func:`tcorr_loss` over :func:`aligned_box_iou`, without their
     intermediate tensors. Add it to a detector's box loss, over its positive samples.
 
@@ -225,8 +226,8 @@ def hqod_loss(
         reduction (str): ``"none"``, ``"sum"`` or ``"mean"``. Default: ``"mean"``
 
     Returns:
-        Tensor[] or Tensor[...]: float32 for half inputs, else the dtype of the inputs. No sample: 0,
-        with zero gradients.
+        Tensor[] or Tensor[...]: float32 for half inputs, else the dtype of the inputs. Without a
+        sample: 0, with zero gradients.
 
     Raises:
         ValueError: shapes differ, the last dimension of the boxes is not 4, devices differ, unknown
@@ -257,8 +258,7 @@ def hqod_loss(
     _checks.sample_weight(weight, shape, "pred", pred)
     _checks.choice("variant", variant, _checks.VARIANTS)
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-    if avg_factor is not None and reduction != "mean":
-        raise ValueError(f'avg_factor: expected reduction="mean" with it, got {reduction!r}')
+    _checks.average(avg_factor, reduction)
     if _debug.active():
         _debug.boxes("pred", pred)
         _debug.boxes("target", target)
@@ -274,9 +274,18 @@ def hqod_loss(
 
 def _float_zero_point(zero_point: Tensor | None, scale: Tensor) -> Tensor | None:
     """An integer zero point in the dtype of the scale."""
-    if zero_point is None or zero_point.dtype.is_floating_point or zero_point.dtype.is_complex:
+    if not isinstance(zero_point, Tensor) or not isinstance(scale, Tensor):
+        return zero_point  # None, or what the checks will refuse
+    if zero_point.dtype.is_floating_point or zero_point.dtype.is_complex:
         return zero_point
     return zero_point.to(scale.dtype)
+
+
+def _codes(name: str, values: int | Sequence[int], xs: Sequence[Tensor]) -> list[int]:
+    """One code for each of xs, given as one for all or as a list."""
+    listed = list(values) if isinstance(values, Sequence) else [values] * len(xs)
+    _checks.one_each(name, listed, xs)
+    return [_checks.integer(name, value) for value in listed]
 
 
 def _grad_scale(grad_scale: float | str | None) -> float | str:
@@ -339,11 +348,15 @@ def fake_quant(
         >>> scale = torch.tensor(0.4, requires_grad=True)
         >>> y = fake_quant(x, scale, quant_min=-2, quant_max=1)
         >>> y.sum().backward()
-        >>> y, x.grad, scale.grad
-        (tensor([-0.8000, -0.4000,  0.4000,  0.4000], grad_fn=...), tensor([0., 1., 1., 0.]), tensor(-0.9000))
+        >>> y.detach()
+        tensor([-0.8000, -0.4000,  0.4000,  0.4000])
+        >>> x.grad, scale.grad
+        (tensor([0., 1., 1., 0.]), tensor(-0.9000))
     """
-    quant_min, quant_max = operator.index(quant_min), operator.index(quant_max)
+    quant_min = _checks.integer("quant_min", quant_min)
+    quant_max = _checks.integer("quant_max", quant_max)
     _checks.quant_range(quant_min, quant_max)
+    _checks.floating("x", x)
     axis = _checks.channel_axis(x, ch_axis)
     zero_point = _float_zero_point(zero_point, scale)
     _checks.quant_params(x, scale, zero_point, axis)
@@ -405,10 +418,8 @@ def fake_quant_foreach(
     """
     xs, scales = list(xs), list(scales)
     _checks.one_each("scales", scales, xs)
-    mins = [quant_min] * len(xs) if isinstance(quant_min, int) else list(quant_min)
-    maxs = [quant_max] * len(xs) if isinstance(quant_max, int) else list(quant_max)
-    _checks.one_each("quant_min", mins, xs)
-    _checks.one_each("quant_max", maxs, xs)
+    mins = _codes("quant_min", quant_min, xs)
+    maxs = _codes("quant_max", quant_max, xs)
     zeros: list[Tensor | None] = [None] * len(xs)
     if zero_points is not None:
         _checks.one_each("zero_points", zero_points, xs)
@@ -418,8 +429,9 @@ def fake_quant_foreach(
     ):
         try:
             _checks.quant_range(low, high)
+            _checks.floating("x", x)
             _checks.quant_params(x, scale, zero, _checks.channel_axis(x, ch_axis))
-            _checks._alike("x", x, "xs[0]", xs[0])
+            _checks.alike("x", x, "xs[0]", xs[0])
             if _debug.active():
                 _debug.scale(scale)
         except (ValueError, TypeError, IndexError) as error:

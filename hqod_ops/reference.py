@@ -34,6 +34,9 @@ LARGE_SIDE = 2.0**60
 
 SHRINK = 2.0**-70
 
+SHRUNK_EPS = 1e-30
+"""Lower bound of the union of such boxes, after ``SHRINK``."""
+
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -62,11 +65,13 @@ def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     )
     with torch.no_grad():
         longest = torch.cat([size1, size2], dim=-1).amax(dim=-1, keepdim=True)
-        shrink = torch.where(longest > LARGE_SIDE, SHRINK, 1.0).to(dtype)
+        large = longest > LARGE_SIDE
+        shrink = torch.where(large, SHRINK, 1.0).to(dtype)
+        eps = torch.where(large, SHRUNK_EPS, IOU_EPS).to(dtype)[..., 0]
     area1, area2, inter = (
         (size * shrink).clamp(min=0).prod(dim=-1) for size in (size1, size2, overlap)
     )
-    return inter / (area1 + area2 - inter).clamp(min=IOU_EPS)
+    return inter / (area1 + area2 - inter).clamp(min=eps)
 
 
 def _harmonious(iou: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -182,8 +187,8 @@ def fake_quant(
         level = code.clamp(quant_min, quant_max) - zero
         outside = (code < quant_min) | (code > quant_max)
         slope = torch.where(outside, level, level - wide / s)
-    # Straight-through: inside the range y moves with x, and by the rounding error with s; outside it
-    # stays at the clamped level, which moves with s and against the zero point.
+    # Straight-through: inside the range y moves with x, and by the rounding error with s; outside
+    # it stays at the clamped level, which moves with s and against the zero point.
     surrogate = torch.where(outside, 0.0, wide) + slope * s - outside * (z * s.detach())
     return ((level * s).detach() + (surrogate - surrogate.detach())).to(x.dtype)
 

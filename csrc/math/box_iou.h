@@ -3,7 +3,7 @@
 //   iou = inter / max(area1 + area2 - inter, 1e-6), sides clamped at 0
 //
 // Source: the HQOD code. Boxes with a side above 2^60 are scaled by 2^-70 first, so that no area
-// overflows float; the gradient is scaled alike.
+// overflows float, with 1e-30 for the least union; the gradient is scaled alike.
 #pragma once
 
 #include "math/elementary.h"
@@ -40,14 +40,14 @@ HQOD_HD Overlap<T> box_overlap(const Box<T>& a, const Box<T>& b) {
   o.h2 = h2 * o.shrink;
   o.wi = wi * o.shrink;
   o.hi = hi * o.shrink;
-  const T zero = T(0), eps = T(1e-6);
+  const T zero = T(0), eps = longest > T(0x1p60) ? T(1e-30) : T(1e-6);
   const T inter = at_least(o.wi, zero) * at_least(o.hi, zero);
   const T area1 = at_least(o.w1, zero) * at_least(o.h1, zero);
   const T area2 = at_least(o.w2, zero) * at_least(o.h2, zero);
   const T uni = area1 + area2 - inter;
   o.union_clamped = uni < eps;
   o.inverse_union = T(1) / at_least(uni, eps);
-  o.iou = inter * o.inverse_union;
+  o.iou = inter / at_least(uni, eps);  // a division of its own: exactly 1 for equal boxes
   return o;
 }
 
@@ -57,7 +57,8 @@ HQOD_HD T share(T a, T b) {
   return (a > b ? T(0.5) : T(0)) + (a >= b ? T(0.5) : T(0));
 }
 
-// d iou / d a, times g. (w, h) are a's own sides in o: (o.w1, o.h1), or (o.w2, o.h2) for the second.
+// d iou / d a, times g. (w, h) are a's own sides in o: (o.w1, o.h1), or (o.w2, o.h2) for the
+// second.
 template <typename T>
 HQOD_HD Box<T> box_iou_grad(const Box<T>& a, const Box<T>& b, const Overlap<T>& o, T w, T h, T g) {
   const T zero = T(0);

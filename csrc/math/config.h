@@ -9,14 +9,14 @@
 #define HQOD_HD inline __attribute__((always_inline))
 #endif
 
-// The CPU kernels are compiled once per instruction set, headers included. The inline namespace keeps
-// their functions apart, so that the linker never merges an AVX-512 body into the baseline.
+// The CPU kernels are compiled once per instruction set, headers included. The inline namespace
+// keeps their functions apart, so that the linker never merges an AVX-512 body into the baseline.
 #ifndef HQOD_ISA
 #define HQOD_ISA portable
 #endif
 
-#define HQOD_MATH_BEGIN   \
-  namespace hqod {        \
+#define HQOD_MATH_BEGIN \
+  namespace hqod {      \
   inline namespace HQOD_ISA {
 #define HQOD_MATH_END \
   }                   \

@@ -14,6 +14,24 @@
 
 HQOD_MATH_BEGIN
 
+// a * b + c, rounded once where the machine can. Everywhere else a product is rounded: compilers
+// are told not to fuse, so that IoU is exactly symmetric and exactly 1 for equal boxes.
+HQOD_HD float mul_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__CUDA_ARCH__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+HQOD_HD double mul_add(double a, double b, double c) {
+#if defined(__FMA__) || defined(__CUDA_ARCH__)
+  return __builtin_fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 template <typename T>
 HQOD_HD T clamp_nan(T x, T low, T high) {  // NaN stays NaN
   x = x < low ? low : x;                   // one after the other: a max and a min instruction
@@ -25,19 +43,14 @@ HQOD_HD T at_least(T x, T low) {  // NaN stays NaN
   return x < low ? low : x;
 }
 
-// x / s, rounded as a division rounds, for a divisor that many values share: one multiplication, and
-// one correction by the exact remainder (Markstein). Wants 2^-100 <= |s| <= 2^100, and inverse = 1/s.
-// Where the quotient overflows there is no remainder (inf - inf), and the first one stands.
+// x / s, rounded as a division rounds, for a divisor that many values share: one multiplication,
+// and one correction by the exact remainder (Markstein). Wants 2^-100 <= |s| <= 2^100, and inverse
+// = 1/s. Where the quotient overflows there is no remainder (inf - inf), and the first one stands.
 template <typename T>
 HQOD_HD T quotient(T x, T s, T inverse) {
 #if defined(__FMA__) || defined(__CUDA_ARCH__)
   const T q = x * inverse;
-  T corrected;
-  if constexpr (sizeof(T) == 4) {
-    corrected = __builtin_fmaf(__builtin_fmaf(-q, s, x), inverse, q);
-  } else {
-    corrected = __builtin_fma(__builtin_fma(-q, s, x), inverse, q);
-  }
+  const T corrected = mul_add(mul_add(-q, s, x), inverse, q);
   return corrected == corrected ? corrected : q;
 #else
   (void)inverse;
@@ -61,15 +74,15 @@ HQOD_HD float exp_of(float x) {
 #else
   x = clamp_nan(x, -87.0f, 88.0f);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float shifted = x * 1.44269504f + magic;
+  const float shifted = mul_add(x, 1.44269504f, magic);
   const float n = shifted - magic;
-  const float r = (x - n * 0.693145752f) - n * 1.42860677e-06f;  // ln 2 in two parts
+  const float r = mul_add(n, -1.42860677e-06f, mul_add(n, -0.693145752f, x));  // ln 2 in two parts
   float p = 0.00138146f;
-  p = p * r + 0.00836871564f;
-  p = p * r + 0.041668389f;
-  p = p * r + 0.166665211f;
-  p = p * r + 0.49999994f;
-  p = p * (r * r) + r + 1.0f;
+  p = mul_add(p, r, 0.00836871564f);
+  p = mul_add(p, r, 0.041668389f);
+  p = mul_add(p, r, 0.166665211f);
+  p = mul_add(p, r, 0.49999994f);
+  p = mul_add(p, r * r, r) + 1.0f;
   const uint32_t bits = (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23;
   return p * __builtin_bit_cast(float, bits);
 #endif
@@ -85,15 +98,15 @@ HQOD_HD float log_of(float x) {
   const float m = __builtin_bit_cast(float, bits - (static_cast<uint32_t>(e) << 23));
   const float f = m - 1.0f, ef = static_cast<float>(e), f2 = f * f;
   float p = -0.128936529f;
-  p = p * f + 0.139864802f;
-  p = p * f - 0.12183854f;
-  p = p * f + 0.140054896f;
-  p = p * f - 0.166805133f;
-  p = p * f + 0.200104266f;
-  p = p * f - 0.249997973f;
-  p = p * f + 0.333332151f;
-  const float tail = p * f2 * f + (ef * 1.42860677e-06f - 0.5f * f2);
-  return ((x - x) + ef * 0.693145752f) + (f + tail);  // x - x carries NaN
+  p = mul_add(p, f, 0.139864802f);
+  p = mul_add(p, f, -0.12183854f);
+  p = mul_add(p, f, 0.140054896f);
+  p = mul_add(p, f, -0.166805133f);
+  p = mul_add(p, f, 0.200104266f);
+  p = mul_add(p, f, -0.249997973f);
+  p = mul_add(p, f, 0.333332151f);
+  const float tail = mul_add(p * f2, f, mul_add(ef, 1.42860677e-06f, -0.5f * f2));
+  return mul_add(ef, 0.693145752f, x - x) + (f + tail);  // x - x carries NaN
 #endif
 }
 

@@ -5,7 +5,8 @@
 //   otherwise:            dx = 0,  ds = (q - round(z)) dy,         dz = -s dy
 //
 // Half to even, a true division as in ONNX. A NaN counts as inside, so that it reaches every
-// gradient. All codes are counted from the zero point, whose rounded value is thus part of the range.
+// gradient. All codes are counted from the zero point, whose rounded value is thus part of the
+// range.
 //
 // Source: LSQ (arXiv:1902.08153), LSQ+ (arXiv:2004.09576).
 #pragma once

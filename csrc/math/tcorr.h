@@ -6,7 +6,8 @@
 //   dL/dx = -(1 + |p - u|) exp(-C) dK/dx
 //
 // e is the float64 epsilon, as published. The derivative of log(x + e) is held at 1e6 for x < 1e-6,
-// where the published one reaches 5e13; a logit needs no such guard, since its p (1 - p) cancels it.
+// where the published one reaches 5e13; a logit needs no such guard, since its p (1 - p) cancels
+// it.
 //
 // Source: HQOD (arXiv:2408.02561).
 #pragma once
@@ -27,7 +28,8 @@ HQOD_HD TCorr<T> tcorr_of_score(T score, T iou, T score_guard) {
   const T e = T(2.220446049250313e-16), guard = T(1e-6);
   const T p = clamp_nan(score, T(0), T(1)), u = clamp_nan(iou, T(0), T(1));
   const T log_p = log_of(p + e), log_u = log_of(u + e);
-  const T slope_p = T(1) / (at_least(p, score_guard) + e), slope_u = T(1) / (at_least(u, guard) + e);
+  const T slope_p = T(1) / (at_least(p, score_guard) + e),
+          slope_u = T(1) / (at_least(u, guard) + e);
   const T weight = T(1) + (p < u ? u - p : p - u);
   T k, dk_dp, dk_du, c;
   if constexpr (variant == TCorrVariant::kOfficial) {

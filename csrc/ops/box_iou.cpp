@@ -9,7 +9,7 @@
 namespace hqod {
 namespace {
 
-Tensor aligned_box_iou(const Tensor& boxes1,  // [..., 4]
+Tensor aligned_box_iou(const Tensor& boxes1,    // [..., 4]
                        const Tensor& boxes2) {  // [..., 4]
   LossBuilder b("boxes1", boxes1, boxes1.numel() / 4);
   b.boxes("boxes1", boxes1, "boxes2", boxes2);

@@ -101,7 +101,8 @@ struct Job {
       check_alike("zero_point", *zero_point, "scale", scale);
     }
     const double per_scale = static_cast<double>(x.numel()) / std::max<int64_t>(channels, 1);
-    const double lsq = std::max(per_scale, 1.0) * static_cast<double>(std::max<int64_t>(quant_max, 1));
+    const double lsq =
+        std::max(per_scale, 1.0) * static_cast<double>(std::max<int64_t>(quant_max, 1));
     factor = options.lsq_grad_scale ? 1.0 / std::sqrt(lsq) : options.grad_scale;
 
     call.x = x.const_data_ptr();
@@ -238,8 +239,8 @@ std::vector<std::unique_ptr<Job>> make_jobs(const std::vector<Tensor>& xs,
   for (size_t i = 0; i < n; ++i) {
     std::optional<Tensor> zero_point;
     if (!zero_points.empty()) zero_point = zero_points[i];
-    jobs.push_back(std::make_unique<Job>(xs[i], scales[i], zero_point, quant_min[i], quant_max[i],
-                                         options));
+    jobs.push_back(
+        std::make_unique<Job>(xs[i], scales[i], zero_point, quant_min[i], quant_max[i], options));
   }
   return jobs;
 }

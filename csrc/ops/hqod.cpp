@@ -22,8 +22,7 @@ LossBuilder prepare(const Tensor& pred, const Tensor& target, const Tensor& scor
     check_float_beside("weight", *weight, pred);
   }
   b.weight(weight);
-  b.call.logits = logits;
-  b.call.variant = static_cast<int>(variant);
+  b.tcorr(logits, variant);
   b.call.alpha = alpha;
   b.call.gamma = gamma;
   b.call.hiou_weight = hiou_weight;
@@ -42,14 +41,16 @@ Tensor hqod_loss(const Tensor& pred,                   // [..., 4]
   return b.forward(HQOD_KERNEL(hqod_forward), pred, pred.dim() - 1, reduction, avg_factor);
 }
 
-std::tuple<Tensor, Tensor, Tensor> hqod_loss_backward(
-    const Tensor& grad,                   // [...] or []
-    const Tensor& pred,                   // [..., 4]
-    const Tensor& target,                 // [..., 4]
-    const Tensor& scores,                 // [...]
-    const std::optional<Tensor>& weight,  // [...]
-    bool logits, int64_t variant, double alpha, double gamma, double hiou_weight,
-    double tcorr_weight, int64_t reduction, std::optional<double> avg_factor, int64_t wanted) {
+std::tuple<Tensor, Tensor, Tensor> hqod_loss_backward(const Tensor& grad,    // [...] or []
+                                                      const Tensor& pred,    // [..., 4]
+                                                      const Tensor& target,  // [..., 4]
+                                                      const Tensor& scores,  // [...]
+                                                      const std::optional<Tensor>& weight,  // [...]
+                                                      bool logits, int64_t variant, double alpha,
+                                                      double gamma, double hiou_weight,
+                                                      double tcorr_weight, int64_t reduction,
+                                                      std::optional<double> avg_factor,
+                                                      int64_t wanted) {
   LossBuilder b = prepare(pred, target, scores, weight, logits, variant, alpha, gamma, hiou_weight,
                           tcorr_weight);
   b.upstream(grad, reduction, avg_factor);

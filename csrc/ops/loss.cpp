@@ -60,6 +60,12 @@ double LossBuilder::factor(int64_t reduction, std::optional<double> avg_factor) 
   return 1.0 / static_cast<double>(call.count > 0 ? call.count : 1);
 }
 
+void LossBuilder::tcorr(bool logits, int64_t variant) {
+  STD_TORCH_CHECK(variant == 0 || variant == 1, "variant: expected 0 (official) or 1 (geometric)");
+  call.logits = logits;
+  call.variant = static_cast<int>(variant);
+}
+
 Tensor LossBuilder::forward(LossKernel kernel, const Tensor& like, int64_t dim, int64_t reduction,
                             std::optional<double> avg_factor) {
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0 (none), 1 or 2");
@@ -100,6 +106,7 @@ Tensor LossBuilder::reduced(LossKernel kernel, const Tensor& like, double factor
 void LossBuilder::upstream(const Tensor& grad, int64_t reduction,
                            std::optional<double> avg_factor) {
   const ScalarType type = call.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0 (none), 1 or 2");
   STD_TORCH_CHECK(grad.scalar_type() == type, "grad: expected the dtype of the loss");
   bool one_value = grad.numel() > 0;
   for (int64_t d = 0; d < grad.dim(); ++d) one_value &= grad.stride(d) == 0 || grad.size(d) == 1;

@@ -25,6 +25,7 @@ class LossBuilder {
   void scores(const Tensor& scores);
   void ious(const Tensor& ious);
   void weight(const std::optional<Tensor>& weight);
+  void tcorr(bool logits, int64_t variant);
 
   // The loss, shaped as the first dim sizes of like, or its sum times factor.
   Tensor forward(LossKernel kernel, const Tensor& like, int64_t dim, int64_t reduction,

@@ -22,8 +22,7 @@ LossBuilder prepare(const Tensor& scores, const Tensor& ious, const std::optiona
     check_float_beside("weight", *weight, scores);
   }
   b.weight(weight);
-  b.call.logits = logits;
-  b.call.variant = static_cast<int>(variant);
+  b.tcorr(logits, variant);
   return b;
 }
 
@@ -57,7 +56,8 @@ std::tuple<Tensor, Tensor, Tensor> tcorr_loss_and_grad(
   LossBuilder b = prepare(scores, ious, weight, logits, variant);
   Tensor d_scores = b.wanted(wanted & kFirst, scores, b.call.d_scores);
   Tensor d_ious = b.wanted(wanted & kSecond, ious, b.call.d_ious);
-  Tensor loss = b.forward_and_backward(HQOD_KERNEL(tcorr_backward), scores, reduction, std::nullopt);
+  Tensor loss =
+      b.forward_and_backward(HQOD_KERNEL(tcorr_backward), scores, reduction, std::nullopt);
   return {loss, d_scores, d_ious};
 }
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.bfloat16, torch.float16)
+_PLAIN = (Tensor, torch.nn.Parameter)  # with values to look at, which a FakeTensor has not
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -54,7 +55,7 @@ def run(op: Any, *args: Any) -> Any:
         return op(*args)
 
 
-def _direct_apply(function: Any) -> Callable[..., Any]:
+def direct_apply(function: Any) -> Callable[..., Any]:
     """``function.apply`` without its handling of functorch's wrappers, where none are active."""
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     if active is None:
@@ -72,9 +73,9 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Make ``hqod::name`` differentiable, and return the function to call.
 
-    The registered formula serves ``torch.ops.hqod`` callers, ``torch.compile`` and ``torch.export``.
-    In eager mode the function goes through a Python ``autograd.Function``: the dispatcher then has
-    no boxed trip back into Python, the larger part of a small call's time.
+    The registered formula serves ``torch.ops.hqod`` callers, ``torch.compile`` and
+    ``torch.export``. In eager mode the function goes through a Python ``autograd.Function``: the
+    dispatcher then has no boxed trip back into Python, the larger part of a small call's time.
 
     On the CPU a loss that is reduced computes its gradients in the forward pass, which has all that
     they need in registers, and its backward pass only returns them, scaled when the upstream
@@ -92,7 +93,6 @@ def differentiable(
     """
     op = getattr(torch.ops.hqod, name).default
     backward_op = getattr(torch.ops.hqod, f"_{name}_backward").default
-    options = len(op._schema.arguments) - tensors
     # For every combination of inputs that need a gradient: the bit mask, and which they are.
     wanted = {
         needed: (
@@ -122,16 +122,16 @@ def differentiable(
 
     class Recomputing(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, options: tuple[Any, ...], *inputs: Tensor | None) -> Any:  # type: ignore[override]
+        def forward(ctx: Any, options: tuple[Any, ...], *inputs: Tensor | None) -> Any:
             ctx.save_for_backward(*inputs)
             ctx.options = options
             return run(op, *inputs, *options)
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             return recompute(ctx, grad, ctx.saved_tensors, 1)
 
-    apply_recomputing = _direct_apply(Recomputing)
+    apply_recomputing = direct_apply(Recomputing)
     if reduction is None:
 
         def call(*args: Any) -> Any:
@@ -145,7 +145,7 @@ def differentiable(
 
     class Saving(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, options: tuple[Any, ...], *inputs: Tensor | None) -> Any:  # type: ignore[override]
+        def forward(ctx: Any, options: tuple[Any, ...], *inputs: Tensor | None) -> Any:
             mask, ctx.needed = wanted[ctx.needs_input_grad[1 : gradients + 1]]
             results = run(both_op, *inputs, *options, mask)
             ctx.save_for_backward(*inputs, *[results[i + 1] for i in ctx.needed])
@@ -153,7 +153,7 @@ def differentiable(
             return results[0]
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             saved = ctx.saved_tensors
             if torch.is_grad_enabled():
                 return recompute(ctx, grad, saved[:tensors], 1)
@@ -163,12 +163,18 @@ def differentiable(
                 found[i + 1] = gradient if unit else gradient * grad.to(gradient.dtype)
             return tuple(found)
 
-    apply_saving = _direct_apply(Saving)
+    apply_saving = direct_apply(Saving)
 
     def call_loss(*args: Any) -> Any:
         if not wants_graph():
             return run(op, *args)
-        saving = args[reduction] != 0 and args[0].is_cpu and args[0].dtype not in _HALF
+        first = args[0]
+        saving = (
+            args[reduction] != 0
+            and first.is_cpu
+            and first.dtype not in _HALF
+            and type(first) in _PLAIN
+        )
         apply = apply_saving if saving else apply_recomputing
         return apply(args[tensors:], *args[:tensors])
 

@@ -1,4 +1,4 @@
-"""Shapes and dtypes that the loss ops share."""
+"""Shapes, dtypes and the device rule that the fake kernels share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def one_device(*tensors: Tensor | None) -> None:
+    """All on one device: a meta tensor beside a real one leads here, not to the kernel's check."""
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    torch._check(
+        len(devices) <= 1,
+        lambda: f"expected one device, got {', '.join(sorted(map(str, devices)))}",
+    )
 
 
 def fake_loss(like: Tensor, shape: Sequence[int], reduction: int) -> Tensor:

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from hqod_ops._register._autograd import differentiable
-from hqod_ops._register._fake import fake_gradient, fake_loss
+from hqod_ops._register._fake import fake_gradient, fake_loss, one_device
 
 
 @torch.library.register_fake("hqod::aligned_box_iou")
 def _fake(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    one_device(boxes1, boxes2)
     return fake_loss(boxes1, boxes1.shape[:-1], 0)
 
 
@@ -18,6 +19,7 @@ def _fake(boxes1: Tensor, boxes2: Tensor) -> Tensor:
 def _fake_backward(
     grad: Tensor, boxes1: Tensor, boxes2: Tensor, wanted: int
 ) -> tuple[Tensor, Tensor]:
+    one_device(grad, boxes1, boxes2)
     return fake_gradient(boxes1, wanted & 1), fake_gradient(boxes2, wanted & 2)
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from hqod_ops._register._autograd import (
     differentiable,
+    direct_apply,
     register,
     run,
     wants_graph,
 )
-from hqod_ops._register._fake import fake_gradient
+from hqod_ops._register._fake import fake_gradient, one_device
 
 _foreach_backward_op = torch.ops.hqod._fake_quant_foreach_backward.default
 
@@ -30,6 +31,7 @@ def _fake(
     grad_scale: float,
     lsq_grad_scale: bool,
 ) -> Tensor:
+    one_device(x, scale, zero_point)
     return torch.empty_like(x)
 
 
@@ -46,6 +48,7 @@ def _fake_backward(
     lsq_grad_scale: bool,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    one_device(grad, x, scale, zero_point)
     return (
         torch.empty_like(x) if wanted & 1 else x.new_empty(0),
         fake_gradient(scale, wanted & 2),
@@ -89,6 +92,7 @@ def _fake_foreach(
     grad_scale: float,
     lsq_grad_scale: bool,
 ) -> list[Tensor]:
+    one_device(*xs, *scales, *zero_points)
     return [torch.empty_like(x) for x in xs]
 
 
@@ -105,6 +109,7 @@ def _fake_foreach_backward(
     lsq_grad_scale: bool,
     wanted: int,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    one_device(*grads, *xs, *scales, *zero_points)
     return (
         [torch.empty_like(x) if wanted & 1 else x.new_empty(0) for x in xs],
         [fake_gradient(scale, wanted & 2) for scale in scales],
@@ -153,7 +158,7 @@ class _Foreach(torch.autograd.Function):
     """The lists flattened: autograd sees tensors among the arguments, not inside them."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, lengths: list[int], options: tuple[Any, ...], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.lengths, ctx.options = lengths, options
@@ -167,6 +172,9 @@ class _Foreach(torch.autograd.Function):
         needed = _split(ctx.needs_input_grad[2:], ctx.lengths)
         gradients = _foreach_gradients(grads, lists, ctx.options, needed)
         return None, None, *(gradient for values in gradients for gradient in values)
+
+
+_apply_foreach = direct_apply(_Foreach)
 
 
 def fake_quant_foreach(
@@ -186,4 +194,4 @@ def fake_quant_foreach(
         ys: list[Tensor] = run(_foreach_op, *lists, *options)
         return ys
     lengths = [len(values) for values in lists]
-    return list(_Foreach.apply(lengths, options, *(t for values in lists for t in values)))
+    return list(_apply_foreach(lengths, options, *(t for values in lists for t in values)))

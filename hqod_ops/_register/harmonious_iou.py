@@ -7,13 +7,14 @@ from torch import Tensor
 
 from hqod_ops._checks import REDUCTIONS
 from hqod_ops._register._autograd import differentiable
-from hqod_ops._register._fake import fake_gradient, fake_loss
+from hqod_ops._register._fake import fake_gradient, fake_loss, one_device
 
 
 @torch.library.register_fake("hqod::harmonious_iou_loss")
 def _fake(
     pred: Tensor, target: Tensor, weight: Tensor | None, alpha: float, gamma: float, reduction: int
 ) -> Tensor:
+    one_device(pred, target, weight)
     return fake_loss(pred, pred.shape[:-1], reduction)
 
 
@@ -28,7 +29,22 @@ def _fake_backward(
     reduction: int,
     wanted: int,
 ) -> tuple[Tensor, Tensor]:
+    one_device(grad, pred, target, weight)
     return fake_gradient(pred, wanted & 1), fake_gradient(target, wanted & 2)
+
+
+@torch.library.register_fake("hqod::_harmonious_iou_loss_and_grad")
+def _fake_both(
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    alpha: float,
+    gamma: float,
+    reduction: int,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = _fake(pred, target, weight, alpha, gamma, reduction)
+    return loss, fake_gradient(pred, wanted & 1), fake_gradient(target, wanted & 2)
 
 
 _call = differentiable("harmonious_iou_loss", tensors=3, gradients=2, reduction=5)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hqod_ops._checks import REDUCTIONS, VARIANTS
 from hqod_ops._register._autograd import differentiable
-from hqod_ops._register._fake import fake_gradient, fake_loss
+from hqod_ops._register._fake import fake_gradient, fake_loss, one_device
 
 
 @torch.library.register_fake("hqod::hqod_loss")
@@ -25,6 +25,7 @@ def _fake(
     reduction: int,
     avg_factor: float | None,
 ) -> Tensor:
+    one_device(pred, target, scores, weight)
     return fake_loss(pred, pred.shape[:-1], reduction)
 
 
@@ -45,11 +46,39 @@ def _fake_backward(
     avg_factor: float | None,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    one_device(grad, pred, target, scores, weight)
+    return _fake_gradients(pred, target, scores, wanted)
+
+
+def _fake_gradients(
+    pred: Tensor, target: Tensor, scores: Tensor, wanted: int
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         fake_gradient(pred, wanted & 1),
         fake_gradient(target, wanted & 2),
         fake_gradient(scores, wanted & 4),
     )
+
+
+@torch.library.register_fake("hqod::_hqod_loss_and_grad")
+def _fake_both(
+    pred: Tensor,
+    target: Tensor,
+    scores: Tensor,
+    weight: Tensor | None,
+    logits: bool,
+    variant: int,
+    alpha: float,
+    gamma: float,
+    hiou_weight: float,
+    tcorr_weight: float,
+    reduction: int,
+    avg_factor: float | None,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    one_device(pred, target, scores, weight)
+    loss = fake_loss(pred, pred.shape[:-1], reduction)
+    return loss, *_fake_gradients(pred, target, scores, wanted)
 
 
 _call = differentiable("hqod_loss", tensors=4, gradients=3, reduction=10)

@@ -1,5 +1,5 @@
-#include "kernels/cpu/losses.h"
 #include "kernels/cpu/loss_inputs.h"
+#include "kernels/cpu/losses.h"
 
 HQOD_MATH_BEGIN
 

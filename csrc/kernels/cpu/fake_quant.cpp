@@ -31,8 +31,8 @@ HQOD_HD void forward_row(const T* __restrict x, T* __restrict y, int64_t n, Quan
 }
 
 template <bool shared, typename W, typename T>
-HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __restrict dx, int64_t n,
-                          QuantScale<T> s, T* __restrict sums_s, T* __restrict sums_z) {
+HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __restrict dx,
+                          int64_t n, QuantScale<T> s, T* __restrict sums_s, T* __restrict sums_z) {
   int64_t i = 0;
   if constexpr (W::ds || W::dz) {
     T lanes_s[kSumLanes] = {}, lanes_z[kSumLanes] = {};
@@ -86,8 +86,8 @@ struct TileScales {
 
 // A scale for each element, from index first of the tile on, and a sum for each.
 template <bool shared, typename T>
-HQOD_HD void forward_tile(const T* __restrict x, T* __restrict y, int64_t n,
-                          const TileScales<T>& s, int64_t first) {
+HQOD_HD void forward_tile(const T* __restrict x, T* __restrict y, int64_t n, const TileScales<T>& s,
+                          int64_t first) {
   for (int64_t i = 0; i < n; ++i) y[i] = fake_quant<shared>(x[i], s[first + i]);
 }
 

@@ -1,7 +1,7 @@
 #include "math/harmonious_iou.h"
 
-#include "kernels/cpu/losses.h"
 #include "kernels/cpu/loss_inputs.h"
+#include "kernels/cpu/losses.h"
 
 HQOD_MATH_BEGIN
 

@@ -1,5 +1,5 @@
-#include "kernels/cpu/losses.h"
 #include "kernels/cpu/loss_inputs.h"
+#include "kernels/cpu/losses.h"
 #include "kernels/cpu/tcorr_options.h"
 #include "math/harmonious_iou.h"
 #include "math/tcorr.h"

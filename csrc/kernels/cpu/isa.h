@@ -28,9 +28,9 @@ Isa cpu_isa();
 
 // The one of the chosen instruction set.
 #ifdef HQOD_X86
-#define HQOD_KERNEL(name)                                              \
-  (hqod::cpu_isa() == hqod::Isa::kAvx512 ? hqod::name##_avx512         \
-   : hqod::cpu_isa() == hqod::Isa::kAvx2 ? hqod::name##_avx2           \
+#define HQOD_KERNEL(name)                                      \
+  (hqod::cpu_isa() == hqod::Isa::kAvx512 ? hqod::name##_avx512 \
+   : hqod::cpu_isa() == hqod::Isa::kAvx2 ? hqod::name##_avx2   \
                                          : hqod::name##_baseline)
 #else
 #define HQOD_KERNEL(name) hqod::name##_baseline

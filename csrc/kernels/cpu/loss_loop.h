@@ -89,8 +89,8 @@ struct LaneSums {
   }
 };
 
-// A Formula has the Type it computes in, its Inputs, which load a block by load_from(call, start, n),
-// and loss(inputs, i).
+// A Formula has the Type it computes in, its Inputs, which load a block by load_from(call, start,
+// n), and loss(inputs, i).
 template <typename Formula>
 void loss_forward(const LossCall& call, int64_t begin, int64_t end) {
   using T = typename Formula::Type;
@@ -118,8 +118,8 @@ void loss_forward(const LossCall& call, int64_t begin, int64_t end) {
 }
 
 // Formula::grad(inputs, i, g) leaves sample i's gradients in inputs, which store_to(call, start, n)
-// writes out, and returns its loss. With call.partial_sums the losses are added up as well, and g is
-// the weight times call.factor; otherwise it is that times the upstream gradient.
+// writes out, and returns its loss. With call.partial_sums the losses are added up as well, and g
+// is the weight times call.factor; otherwise it is that times the upstream gradient.
 template <typename Formula>
 void loss_backward(const LossCall& call, int64_t begin, int64_t end) {
   using T = typename Formula::Type;

@@ -1,7 +1,7 @@
 #include "math/tcorr.h"
 
-#include "kernels/cpu/losses.h"
 #include "kernels/cpu/loss_inputs.h"
+#include "kernels/cpu/losses.h"
 #include "kernels/cpu/tcorr_options.h"
 
 HQOD_MATH_BEGIN
