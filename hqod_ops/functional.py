@@ -285,7 +285,7 @@ def _codes(name: str, values: int | Sequence[int], xs: Sequence[Tensor]) -> list
     """One code for each of xs, given as one for all or as a list."""
     listed = list(values) if isinstance(values, Sequence) else [values] * len(xs)
     _checks.one_each(name, listed, xs)
-    return [_checks.integer(name, value) for value in listed]
+    return listed
 
 
 def _grad_scale(grad_scale: float | str | None) -> float | str:
@@ -428,7 +428,9 @@ def fake_quant_foreach(
         zip(xs, scales, zeros, mins, maxs, strict=True)
     ):
         try:
-            _checks.quant_range(low, high)
+            mins[index] = _checks.integer("quant_min", low)
+            maxs[index] = _checks.integer("quant_max", high)
+            _checks.quant_range(mins[index], maxs[index])
             _checks.floating("x", x)
             _checks.quant_params(x, scale, zero, _checks.channel_axis(x, ch_axis))
             _checks.alike("x", x, "xs[0]", xs[0])
