@@ -14,12 +14,14 @@ namespace hqod {
 inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim,
                             ScalarType type, const Tensor& like) {
   int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const bool known = aoti_torch_get_device_type(like.get(), &device_type) == AOTI_TORCH_SUCCESS &&
+                     aoti_torch_get_device_index(like.get(), &device_index) == AOTI_TORCH_SUCCESS;
+  STD_TORCH_CHECK(known, "no device of a tensor");
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle));
+  const auto status =
+      aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &handle);
+  STD_TORCH_CHECK(status == AOTI_TORCH_SUCCESS, "no memory for a result");
   return Tensor(handle);
 }
 
