@@ -33,6 +33,7 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
             "HQOD_OUTPUT": str(package),
             "HQOD_SANITIZE": os.environ.get("HQOD_SANITIZE", "OFF"),
+            "HQOD_WERROR": os.environ.get("HQOD_WERROR", "OFF"),
             "Python_EXECUTABLE": sys.executable,
         }
         commands = [

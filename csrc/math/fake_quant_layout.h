@@ -15,7 +15,7 @@
 
 HQOD_MATH_BEGIN
 
-inline constexpr int64_t kUnit = 16384, kTile = 512, kTileSteps = 64, kRowMin = 192;
+inline constexpr int64_t kUnit = 16384, kTile = 1024, kTileSteps = 64, kRowMin = 192;
 
 struct FakeQuantLayout {
   int64_t outer, channels, inner, numel;

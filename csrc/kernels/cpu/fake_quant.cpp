@@ -61,14 +61,18 @@ HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __re
 template <typename T>
 struct TileScales {
   alignas(64) T scale[kTile], inverse[kTile], low[kTile], high[kTile];
-  bool shared;  // quotient_works for all of them
+  bool shared = false;   // quotient_works for all of them
+  bool centred = false;  // without zero points, so low and high are the same for all of them
 
-  HQOD_HD QuantScale<T> operator[](int64_t i) const {
-    return {scale[i], inverse[i], low[i], high[i]};
+  template <bool is_centred>
+  HQOD_HD QuantScale<T> at(int64_t i) const {
+    const int64_t k = is_centred ? 0 : i;
+    return {scale[i], inverse[i], low[k], high[k]};
   }
 
   void fill(const FakeQuantCall& call, const FakeQuantLayout& layout, const FakeQuantUnit& unit) {
     shared = true;
+    centred = call.zero_point == nullptr;
     int64_t channel = unit.channel;
     for (int64_t i = 0; i < unit.width; i += layout.inner) {
       const QuantScale<T> s = channel_scale<T>(call, channel);
@@ -85,18 +89,20 @@ struct TileScales {
 };
 
 // A scale for each element, from index first of the tile on, and a sum for each.
-template <bool shared, typename T>
+template <bool shared, bool centred, typename T>
 HQOD_HD void forward_tile(const T* __restrict x, T* __restrict y, int64_t n, const TileScales<T>& s,
                           int64_t first) {
-  for (int64_t i = 0; i < n; ++i) y[i] = fake_quant<shared>(x[i], s[first + i]);
+  for (int64_t i = 0; i < n; ++i)
+    y[i] = fake_quant<shared>(x[i], s.template at<centred>(first + i));
 }
 
-template <bool shared, typename W, typename T>
+template <bool shared, bool centred, typename W, typename T>
 HQOD_HD void backward_tile(const T* __restrict x, const T* __restrict dy, T* __restrict dx,
                            int64_t n, const TileScales<T>& s, int64_t first, T* __restrict sums_s,
                            T* __restrict sums_z) {
   for (int64_t i = 0; i < n; ++i) {
-    const FakeQuantGrad<T> g = fake_quant_grad<shared>(x[i], s[first + i], dy[i]);
+    const QuantScale<T> scale = s.template at<centred>(first + i);
+    const FakeQuantGrad<T> g = fake_quant_grad<shared>(x[i], scale, dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
     if constexpr (W::ds) sums_s[first + i] += g.ds;
     if constexpr (W::dz) sums_z[first + i] += g.dz;
@@ -137,8 +143,10 @@ HQOD_HD void forward_unit(const FakeQuantCall& call, const FakeQuantLayout& layo
     T* y = write_target(call.dtype, call.y, at, stage.out);
     if (layout.rows) {
       forward_row<shared>(x, y, n, row);
+    } else if (tile.centred) {
+      forward_tile<shared, true>(x, y, n, tile, offset);
     } else {
-      forward_tile<shared>(x, y, n, tile, offset);
+      forward_tile<shared, false>(x, y, n, tile, offset);
     }
     if (y == stage.out) write(call.dtype, y, call.y, at, n);
   });
@@ -198,8 +206,10 @@ HQOD_HD void backward_unit(const FakeQuantCall& call, const FakeQuantLayout& lay
     T* dx = W::dx ? write_target(call.dtype, call.dx, at, stage.out) : nullptr;
     if (layout.rows) {
       backward_row<shared, W>(x, dy, dx, n, row, sums.scale, sums.zero_point);
+    } else if (tile.centred) {
+      backward_tile<shared, true, W>(x, dy, dx, n, tile, offset, sums.scale, sums.zero_point);
     } else {
-      backward_tile<shared, W>(x, dy, dx, n, tile, offset, sums.scale, sums.zero_point);
+      backward_tile<shared, false, W>(x, dy, dx, n, tile, offset, sums.scale, sums.zero_point);
     }
     if (W::dx && dx == stage.out) write(call.dtype, dx, call.dx, at, n);
   });
