@@ -31,7 +31,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 # build-system.requires of pyproject.toml, but for torch: a build without isolation wants them there.
 BUILD_TOOLS := "setuptools>=77" numpy "cmake>=3.24" ninja "pybind11>=2.13"
-BUILD_VARIABLES := $(foreach v,CXX CXXFLAGS CMAKE_BUILD_TYPE,$v=$($v))
+BUILD_VARIABLES := $(foreach v,CXX CXXFLAGS CMAKE_BUILD_TYPE HQOD_WERROR,$v=$($v))
 SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
 LIBRARY := hqod_ops/lib/libhqod_ops.so
 
