@@ -8,7 +8,7 @@ compiler=${CXX:-c++}
 # A copy of the package to put the library into, so that the ordinary build stays as it is.
 mkdir -p "$tree"
 tar --create --exclude='*.so' --exclude=__pycache__ \
-  hqod_ops python_tests pyproject.toml | tar --extract --directory "$tree"
+  hqod_ops python_tests benchmarks pyproject.toml | tar --extract --directory "$tree"
 cmake -S . -B build/sanitize/cmake -G Ninja -DHQOD_SANITIZE=ON -DHQOD_HOST=OFF \
   -DHQOD_OUTPUT="$PWD/$tree/hqod_ops" -DPython_EXECUTABLE="$(command -v python)"
 cmake --build build/sanitize/cmake
