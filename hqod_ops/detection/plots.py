@@ -138,7 +138,7 @@ def plot_harmony(reports: Mapping[str, HarmonyReport], path: str | Path, columns
                 axes.set_xlabel("IoU with the ground truth")
                 axes.tick_params(labelbottom=True)
             if i % columns == 0:
-                axes.set_ylabel("class score")
+                axes.set_ylabel("score")
         bar = figure.colorbar(mesh, ax=grid, shrink=0.75, pad=0.015, aspect=24)
         bar.set_label("density of detections", color=MUTED)
         bar.outline.set_visible(False)
