@@ -58,7 +58,7 @@ LENGTHS: Mapping[str, Length] = {
         quant_epochs=2,
         model=ModelConfig(stem=8, widths=(8, 16, 32), channels=16, head_depth=1, groups=4),
     ),
-    "standard": Length(train_images=8000, test_images=500, float_epochs=5, quant_epochs=3),
+    "standard": Length(train_images=5000, test_images=500, float_epochs=6, quant_epochs=3),
     "full": Length(train_images=16000, test_images=1000, float_epochs=10, quant_epochs=5),
 }
 """``hqod demo --quick``, ``hqod demo`` and ``hqod demo --full``."""
