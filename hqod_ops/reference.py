@@ -38,6 +38,11 @@ SHRUNK_EPS = 1e-30
 """Lower bound of the union of such boxes, after ``SHRINK``."""
 
 
+def _clamp(x: Tensor, low: float | Tensor, high: float = math.inf) -> Tensor:
+    """x within [low, high], with the gradient of x at the bounds (torch.clamp's went in 2.15)."""
+    return torch.where(x < low, low, torch.where(x > high, high, x))
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -69,9 +74,9 @@ def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         shrink = torch.where(large, SHRINK, 1.0).to(dtype)
         eps = torch.where(large, SHRUNK_EPS, IOU_EPS).to(dtype)[..., 0]
     area1, area2, inter = (
-        (size * shrink).clamp(min=0).prod(dim=-1) for size in (size1, size2, overlap)
+        _clamp(size * shrink, 0.0).prod(dim=-1) for size in (size1, size2, overlap)
     )
-    return inter / (area1 + area2 - inter).clamp(min=eps)
+    return inter / _clamp(area1 + area2 - inter, eps)
 
 
 def _harmonious(iou: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -81,11 +86,11 @@ def _harmonious(iou: Tensor, alpha: float, gamma: float) -> Tensor:
 def _guarded_log(x: Tensor) -> Tensor:
     """log(x + LOG_EPS), its derivative held at 1 / GRAD_GUARD below GRAD_GUARD."""
     held = (x.detach() + LOG_EPS).log() + (x - x.detach()) / GRAD_GUARD
-    return torch.where(x < GRAD_GUARD, held, (x.clamp(min=GRAD_GUARD) + LOG_EPS).log())
+    return torch.where(x < GRAD_GUARD, held, (_clamp(x, GRAD_GUARD) + LOG_EPS).log())
 
 
 def _tcorr(score: Tensor, iou: Tensor, variant: str, logits: bool) -> Tensor:
-    p, u = (score.sigmoid() if logits else score.clamp(0, 1)), iou.clamp(0, 1)
+    p, u = (score.sigmoid() if logits else _clamp(score, 0.0, 1.0)), _clamp(iou, 0.0, 1.0)
     # The sigmoid's own derivative p (1 - p) bounds that of the logarithm: no guard for logits.
     log_p = (p + LOG_EPS).log() if logits else _guarded_log(p)
     log_u = _guarded_log(u)

@@ -39,7 +39,7 @@ def use(root: Path, code: str = USE, **env: str) -> subprocess.CompletedProcess[
     """Run the code with the package found at root."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HQOD_", "PYTHONPATH"))}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=600,
         env={**environment, "PYTHONPATH": str(root), **env},
     )  # fmt: skip
 
