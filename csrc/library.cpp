@@ -51,11 +51,11 @@ STABLE_TORCH_LIBRARY(hqod, m) {
 
   m.def(
       "fake_quant(Tensor x, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, "
-      "int? ch_axis, float grad_scale, bool lsq_grad_scale) -> Tensor");
+      "int? ch_axis, float grad_scale, bool lsq_grad_scale, int activation) -> Tensor");
   m.def(
       "_fake_quant_backward(Tensor grad, Tensor x, Tensor scale, Tensor? zero_point, "
       "int quant_min, int quant_max, int? ch_axis, float grad_scale, bool lsq_grad_scale, "
-      "int wanted) -> (Tensor, Tensor, Tensor)");
+      "int activation, int wanted) -> (Tensor, Tensor, Tensor)");
   m.def(
       "fake_quant_foreach(Tensor[] xs, Tensor[] scales, Tensor[] zero_points, int[] quant_min, "
       "int[] quant_max, int? ch_axis, float grad_scale, bool lsq_grad_scale) -> Tensor[]");

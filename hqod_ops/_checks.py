@@ -94,6 +94,11 @@ def choice(name: str, value: object, allowed: dict[str, int]) -> int:
         raise ValueError(f"Invalid {name} {value!r}: expected one of {options}") from None
 
 
+def activation(value: str | None) -> None:
+    if value is not None and value not in ("relu", "relu6"):
+        raise ValueError(f'Invalid activation {value!r}: expected "relu", "relu6" or None')
+
+
 def channel_axis(x: Tensor, ch_axis: int | None) -> int | None:
     """ch_axis counted from the front."""
     if ch_axis is None:

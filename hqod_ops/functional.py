@@ -305,6 +305,7 @@ def fake_quant(
     quant_max: int,
     ch_axis: int | None = None,
     grad_scale: float | str | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """Quantize and dequantize, with gradients to x, the scale and the zero point (LSQ, LSQ+).
 
@@ -324,12 +325,15 @@ def fake_quant(
             Default: None, one scale for all
         grad_scale (float or str, optional): factor of the gradients to scale and zero point;
             ``"lsq"`` is 1 / sqrt(x.numel() / C * quant_max). Default: None, 1
+        activation (str, optional): ``"relu"`` or ``"relu6"``, applied to x first, in the same pass:
+            equal in value and gradient to quantizing ``relu(x)``, without its tensor. Default: None
 
     Returns:
         Tensor[*]: the shape, dtype and layout of x. NaN stays NaN.
 
     Raises:
-        ValueError: wrong number of scales or zero points, devices differ, quant_min >= quant_max.
+        ValueError: wrong number of scales or zero points, devices differ, quant_min >= quant_max,
+            unknown activation.
         TypeError: a dtype is not floating point, or the dtypes do not fit.
         IndexError: ch_axis is out of range.
 
@@ -356,6 +360,7 @@ def fake_quant(
     quant_min = _checks.integer("quant_min", quant_min)
     quant_max = _checks.integer("quant_max", quant_max)
     _checks.quant_range(quant_min, quant_max)
+    _checks.activation(activation)
     _checks.floating("x", x)
     axis = _checks.channel_axis(x, ch_axis)
     zero_point = _float_zero_point(zero_point, scale)
@@ -370,6 +375,7 @@ def fake_quant(
         quant_max=quant_max,
         ch_axis=axis,
         grad_scale=_grad_scale(grad_scale),
+        activation=activation,
     )
 
 

@@ -138,6 +138,7 @@ class FakeQuant(nn.Module):
         zero_point (float or Tensor[C], optional): initial zero point, learned. Default: None
         ch_axis (int, optional): axis with a scale of its own for every index. Default: None
         grad_scale (float or str, optional): see :func:`hqod_ops.fake_quant`. Default: ``"lsq"``
+        activation (str, optional): ``"relu"`` or ``"relu6"``, applied first. Default: None
 
     The scale is used as it is: see ``hqod_ops.quant`` for quantizers that keep it positive.
 
@@ -158,11 +159,13 @@ class FakeQuant(nn.Module):
         zero_point: float | Tensor | None = None,
         ch_axis: int | None = None,
         grad_scale: float | str | None = "lsq",
+        activation: str | None = None,
     ) -> None:
         super().__init__()
         _checks.quant_range(quant_min, quant_max)
+        _checks.activation(activation)
         self.quant_min, self.quant_max = quant_min, quant_max
-        self.ch_axis, self.grad_scale = ch_axis, grad_scale
+        self.ch_axis, self.grad_scale, self.activation = ch_axis, grad_scale, activation
         self.scale = nn.Parameter(torch.as_tensor(scale, dtype=torch.get_default_dtype()).clone())
         self.zero_point = (
             None
@@ -179,10 +182,11 @@ class FakeQuant(nn.Module):
             quant_max=self.quant_max,
             ch_axis=self.ch_axis,
             grad_scale=self.grad_scale,
+            activation=self.activation,
         )
 
     def extra_repr(self) -> str:
         return (
             f"quant_min={self.quant_min}, quant_max={self.quant_max}, ch_axis={self.ch_axis}, "
-            f"grad_scale={self.grad_scale!r}"
+            f"grad_scale={self.grad_scale!r}, activation={self.activation!r}"
         )

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 IOU_EPS = 1e-6
 """Lower bound of the union of two boxes, in squared coordinate units."""
@@ -167,8 +168,11 @@ def fake_quant(
     quant_max: int,
     ch_axis: int | None = None,
     grad_scale: float | str | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """See :func:`hqod_ops.fake_quant`."""
+    if activation is not None:
+        x = functional.relu(x) if activation == "relu" else functional.relu6(x)
     dtype = _compute_dtype(x)
     factor = (
         lsq_grad_scale(x.numel(), scale.numel(), quant_max)

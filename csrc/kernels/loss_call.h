@@ -22,22 +22,30 @@ struct LossCall {
   double alpha = 1.5, gamma = 0.8;  // of HIoU
   double hiou_weight = 1.0, tcorr_weight = 1.0;
 
-  // The result of a forward pass: one of the two. The loss is in the compute type.
-  void* loss = nullptr;            // [N]
-  double* partial_sums = nullptr;  // [ceil(N / kLossChunk)]
+  // The result of a forward pass, in the compute type: one of the two.
+  void* loss = nullptr;   // [N]
+  void* total = nullptr;  // [1]: the sum times factor
+  double factor = 1.0;    // 1 / N for a mean
 
-  // Backward: the gradient of each requested input, from the loss' own gradient. A pass that has no
-  // such gradient (null: 1) fills partial_sums beside the gradients.
+  // Backward: the gradient of each requested input, factor included, from the loss' own gradient.
+  // A pass that has no such gradient (null: 1) yields the total beside the gradients.
   const void* grad = nullptr;  // [N] or, for a reduced loss, [1]; in the compute type
   bool grad_is_scalar = false;
-  double factor = 1.0;       // of every gradient: 1 / N for a mean
   void* d_pred = nullptr;    // [N, 4] or null
   void* d_target = nullptr;  // [N, 4] or null
   void* d_scores = nullptr;  // [N] or null
   void* d_ious = nullptr;    // [N] or null
+
+  double* partial_sums = nullptr;  // [ceil(N / kLossChunk)]: where the device sums on its way
+
+  Dtype loss_dtype() const { return dtype == Dtype::kFloat64 ? dtype : Dtype::kFloat32; }
 };
 
 // Samples of one partial sum: fixed, so that a sum does not depend on the number of threads.
 inline constexpr int64_t kLossChunk = 1024;
+
+inline int64_t loss_chunks(const LossCall& call) {
+  return (call.count + kLossChunk - 1) / kLossChunk;
+}
 
 }  // namespace hqod

@@ -21,3 +21,19 @@
 #define HQOD_MATH_END \
   }                   \
   }
+
+HQOD_MATH_BEGIN
+
+template <typename To, typename From>
+HQOD_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+#ifdef __CUDACC__
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+#else
+  return __builtin_bit_cast(To, from);
+#endif
+}
+
+HQOD_MATH_END

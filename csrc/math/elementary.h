@@ -17,7 +17,9 @@ HQOD_MATH_BEGIN
 // a * b + c, rounded once where the machine can. Everywhere else a product is rounded: compilers
 // are told not to fuse, so that IoU is exactly symmetric and exactly 1 for equal boxes.
 HQOD_HD float mul_add(float a, float b, float c) {
-#if defined(__FMA__) || defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#elif defined(__FMA__)
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
@@ -25,7 +27,9 @@ HQOD_HD float mul_add(float a, float b, float c) {
 }
 
 HQOD_HD double mul_add(double a, double b, double c) {
-#if defined(__FMA__) || defined(__CUDA_ARCH__)
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(a, b, c);
+#elif defined(__FMA__)
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;
@@ -83,8 +87,8 @@ HQOD_HD float exp_of(float x) {
   p = mul_add(p, r, 0.166665211f);
   p = mul_add(p, r, 0.49999994f);
   p = mul_add(p, r * r, r) + 1.0f;
-  const uint32_t bits = (__builtin_bit_cast(uint32_t, shifted) + 127u) << 23;
-  return p * __builtin_bit_cast(float, bits);
+  const uint32_t bits = (bit_cast<uint32_t>(shifted) + 127u) << 23;
+  return p * bit_cast<float>(bits);
 #endif
 }
 
@@ -93,9 +97,9 @@ HQOD_HD float log_of(float x) {
 #ifdef __CUDA_ARCH__
   return ::logf(x);
 #else
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  const uint32_t bits = bit_cast<uint32_t>(x);
   const int32_t e = static_cast<int32_t>(bits - 0x3f2aaaabu) >> 23;  // mantissa in [2/3, 4/3)
-  const float m = __builtin_bit_cast(float, bits - (static_cast<uint32_t>(e) << 23));
+  const float m = bit_cast<float>(bits - (static_cast<uint32_t>(e) << 23));
   const float f = m - 1.0f, ef = static_cast<float>(e), f2 = f * f;
   float p = -0.128936529f;
   p = mul_add(p, f, 0.139864802f);

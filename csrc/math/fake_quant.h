@@ -8,6 +8,9 @@
 // gradient. All codes are counted from the zero point, whose rounded value is thus part of the
 // range.
 //
+// An activation that comes before it (ReLU, ReLU6) holds x to an interval, and passes dx inside it
+// alone. Everything else is as for the value so held.
+//
 // Source: LSQ (arXiv:1902.08153), LSQ+ (arXiv:2004.09576).
 #pragma once
 
@@ -15,17 +18,26 @@
 
 HQOD_MATH_BEGIN
 
-// A scale with the range of its codes.
+enum class Activation { kNone = 0, kRelu = 1, kRelu6 = 2 };
+
+// A scale with the range of its codes, and the interval that an activation holds x to.
 template <typename T>
 struct QuantScale {
   T scale, inverse;
-  T low, high;  // q_min - round(z), q_max - round(z)
+  T low, high;      // q_min - round(z), q_max - round(z)
+  T x_low, x_high;  // infinite without an activation
 };
 
 template <typename T>
-HQOD_HD QuantScale<T> quant_scale(T scale, T zero_point, T q_min, T q_max) {
-  const T zero = round_even(zero_point);
-  return {scale, T(1) / scale, q_min - zero, q_max - zero};
+HQOD_HD QuantScale<T> quant_scale(T scale, T zero_point, T q_min, T q_max, Activation activation) {
+  const T zero = round_even(zero_point), infinity = static_cast<T>(__builtin_huge_val());
+  const bool none = activation == Activation::kNone, six = activation == Activation::kRelu6;
+  return {scale,
+          T(1) / scale,
+          q_min - zero,
+          q_max - zero,
+          none ? -infinity : T(0),
+          six ? T(6) : infinity};
 }
 
 // x / s; `shared` when quotient_works(s).
@@ -38,8 +50,10 @@ HQOD_HD T quant_ratio(T x, const QuantScale<T>& s) {
   }
 }
 
-template <bool shared, typename T>
+// `clipped` when an activation comes first.
+template <bool shared, bool clipped, typename T>
 HQOD_HD T fake_quant(T x, const QuantScale<T>& s) {
+  if constexpr (clipped) x = clamp_nan(x, s.x_low, s.x_high);
   return clamp_nan(round_even(quant_ratio<shared>(x, s)), s.low, s.high) * s.scale;
 }
 
@@ -48,13 +62,18 @@ struct FakeQuantGrad {
   T dx, ds, dz;
 };
 
-template <bool shared, typename T>
+template <bool shared, bool clipped, typename T>
 HQOD_HD FakeQuantGrad<T> fake_quant_grad(T x, const QuantScale<T>& s, T dy) {
+  bool stopped = false;
+  if constexpr (clipped) {
+    stopped = (x <= s.x_low) | (x >= s.x_high);
+    x = clamp_nan(x, s.x_low, s.x_high);
+  }
   const T ratio = quant_ratio<shared>(x, s);
   const T code = round_even(ratio);
   const bool outside = (code < s.low) | (code > s.high);
   const T level = clamp_nan(code, s.low, s.high);
-  return {outside ? T(0) : dy, dy * (outside ? level : level - ratio),
+  return {outside | stopped ? T(0) : dy, dy * (outside ? level : level - ratio),
           outside ? -s.scale * dy : T(0)};
 }
 

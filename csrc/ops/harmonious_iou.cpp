@@ -1,9 +1,6 @@
-// harmonious_iou_loss on the CPU.
-#include <torch/csrc/stable/library.h>
-
+// harmonious_iou_loss.
 #include <tuple>
 
-#include "kernels/cpu/losses.h"
 #include "ops/loss.h"
 
 namespace hqod {
@@ -28,8 +25,7 @@ Tensor harmonious_iou_loss(const Tensor& pred,                   // [..., 4]
                            const std::optional<Tensor>& weight,  // [...]
                            double alpha, double gamma, int64_t reduction) {
   LossBuilder b = prepare(pred, target, weight, alpha, gamma);
-  return b.forward(HQOD_KERNEL(harmonious_iou_forward), pred, pred.dim() - 1, reduction,
-                   std::nullopt);
+  return b.forward(Loss::harmonious_iou, pred, pred.dim() - 1, reduction, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor> harmonious_iou_loss_backward(
@@ -42,7 +38,7 @@ std::tuple<Tensor, Tensor> harmonious_iou_loss_backward(
   b.upstream(grad, reduction, std::nullopt);
   Tensor d_pred = b.wanted(wanted & kFirst, pred, b.call.d_pred);
   Tensor d_target = b.wanted(wanted & kSecond, target, b.call.d_target);
-  b.backward(HQOD_KERNEL(harmonious_iou_backward));
+  b.backward(Loss::harmonious_iou, pred);
   return {d_pred, d_target};
 }
 
@@ -54,12 +50,11 @@ std::tuple<Tensor, Tensor, Tensor> harmonious_iou_loss_and_grad(
   LossBuilder b = prepare(pred, target, weight, alpha, gamma);
   Tensor d_pred = b.wanted(wanted & kFirst, pred, b.call.d_pred);
   Tensor d_target = b.wanted(wanted & kSecond, target, b.call.d_target);
-  Tensor loss =
-      b.forward_and_backward(HQOD_KERNEL(harmonious_iou_backward), pred, reduction, std::nullopt);
+  Tensor loss = b.forward_and_backward(Loss::harmonious_iou, pred, reduction, std::nullopt);
   return {loss, d_pred, d_target};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(hqod, CPU, m) {
+HQOD_LIBRARY_IMPL(m) {
   m.impl("harmonious_iou_loss", TORCH_BOX(&harmonious_iou_loss));
   m.impl("_harmonious_iou_loss_backward", TORCH_BOX(&harmonious_iou_loss_backward));
   m.impl("_harmonious_iou_loss_and_grad", TORCH_BOX(&harmonious_iou_loss_and_grad));

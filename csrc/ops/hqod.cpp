@@ -1,9 +1,6 @@
-// hqod_loss on the CPU.
-#include <torch/csrc/stable/library.h>
-
+// hqod_loss.
 #include <tuple>
 
-#include "kernels/cpu/losses.h"
 #include "ops/loss.h"
 
 namespace hqod {
@@ -38,7 +35,7 @@ Tensor hqod_loss(const Tensor& pred,                   // [..., 4]
                  double tcorr_weight, int64_t reduction, std::optional<double> avg_factor) {
   LossBuilder b = prepare(pred, target, scores, weight, logits, variant, alpha, gamma, hiou_weight,
                           tcorr_weight);
-  return b.forward(HQOD_KERNEL(hqod_forward), pred, pred.dim() - 1, reduction, avg_factor);
+  return b.forward(Loss::hqod, pred, pred.dim() - 1, reduction, avg_factor);
 }
 
 std::tuple<Tensor, Tensor, Tensor> hqod_loss_backward(const Tensor& grad,    // [...] or []
@@ -57,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> hqod_loss_backward(const Tensor& grad,    // 
   Tensor d_pred = b.wanted(wanted & kFirst, pred, b.call.d_pred);
   Tensor d_target = b.wanted(wanted & kSecond, target, b.call.d_target);
   Tensor d_scores = b.wanted(wanted & kThird, scores, b.call.d_scores);
-  b.backward(HQOD_KERNEL(hqod_backward));
+  b.backward(Loss::hqod, pred);
   return {d_pred, d_target, d_scores};
 }
 
@@ -73,11 +70,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> hqod_loss_and_grad(
   Tensor d_pred = b.wanted(wanted & kFirst, pred, b.call.d_pred);
   Tensor d_target = b.wanted(wanted & kSecond, target, b.call.d_target);
   Tensor d_scores = b.wanted(wanted & kThird, scores, b.call.d_scores);
-  Tensor loss = b.forward_and_backward(HQOD_KERNEL(hqod_backward), pred, reduction, avg_factor);
+  Tensor loss = b.forward_and_backward(Loss::hqod, pred, reduction, avg_factor);
   return {loss, d_pred, d_target, d_scores};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(hqod, CPU, m) {
+HQOD_LIBRARY_IMPL(m) {
   m.impl("hqod_loss", TORCH_BOX(&hqod_loss));
   m.impl("_hqod_loss_backward", TORCH_BOX(&hqod_loss_backward));
   m.impl("_hqod_loss_and_grad", TORCH_BOX(&hqod_loss_and_grad));

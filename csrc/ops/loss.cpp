@@ -1,30 +1,8 @@
 #include "ops/loss.h"
 
-#include <memory>
-
 #include "ops/allocate.h"
 
 namespace hqod {
-namespace {
-
-constexpr int64_t kGrain = 2;  // chunks below which a second thread costs more than it brings
-
-void for_chunks(LossKernel kernel, const LossCall& call) {
-  const int64_t chunks = (call.count + kLossChunk - 1) / kLossChunk;
-  if (chunks <= kGrain) {
-    kernel(call, 0, chunks);
-  } else {
-    torch::stable::parallel_for(0, chunks, kGrain,
-                                [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
-  }
-}
-
-template <typename T>
-void write_scalar(const Tensor& out, double value) {
-  *static_cast<T*>(out.mutable_data_ptr()) = static_cast<T>(value);
-}
-
-}  // namespace
 
 LossBuilder::LossBuilder(const char* op, const Tensor& like, int64_t count) {
   call.dtype = dtype_of(op, like);
@@ -66,41 +44,25 @@ void LossBuilder::tcorr(bool logits, int64_t variant) {
   call.variant = static_cast<int>(variant);
 }
 
-Tensor LossBuilder::forward(LossKernel kernel, const Tensor& like, int64_t dim, int64_t reduction,
+Tensor LossBuilder::forward(Loss loss, const Tensor& like, int64_t dim, int64_t reduction,
                             std::optional<double> avg_factor) {
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0 (none), 1 or 2");
-  const ScalarType type = compute_type(like);
-  if (reduction == static_cast<int64_t>(Reduction::kNone)) {
-    Tensor loss = empty_contiguous(like, dim, type);
-    call.loss = loss.mutable_data_ptr();
-    for_chunks(kernel, call);
-    return loss;
-  }
-  return reduced(kernel, like, factor(reduction, avg_factor));
+  const bool reduced = reduction != static_cast<int64_t>(Reduction::kNone);
+  Tensor result = empty_contiguous(like, reduced ? 0 : dim, compute_type(like));
+  (reduced ? call.total : call.loss) = result.mutable_data_ptr();
+  call.factor = factor(reduction, avg_factor);
+  run_loss_forward(loss, call, like);
+  return result;
 }
 
-Tensor LossBuilder::forward_and_backward(LossKernel kernel, const Tensor& like, int64_t reduction,
+Tensor LossBuilder::forward_and_backward(Loss loss, const Tensor& like, int64_t reduction,
                                          std::optional<double> avg_factor) {
   STD_TORCH_CHECK(reduction == 1 || reduction == 2, "reduction: expected 1 (mean) or 2 (sum)");
+  Tensor result = empty_contiguous(like, 0, compute_type(like));
+  call.total = result.mutable_data_ptr();
   call.factor = factor(reduction, avg_factor);
-  return reduced(kernel, like, call.factor);
-}
-
-Tensor LossBuilder::reduced(LossKernel kernel, const Tensor& like, double factor) {
-  constexpr int64_t kInline = 64;
-  double inline_sums[kInline];
-  const int64_t chunks = (call.count + kLossChunk - 1) / kLossChunk;
-  std::unique_ptr<double[]> more;
-  if (chunks > kInline) more = std::make_unique_for_overwrite<double[]>(chunks);
-  call.partial_sums = chunks > kInline ? more.get() : inline_sums;
-  for_chunks(kernel, call);
-  double sum = 0;
-  for (int64_t i = 0; i < chunks; ++i) sum += call.partial_sums[i];
-  sum *= factor;
-  Tensor loss = empty_contiguous(like, 0, compute_type(like));
-  compute_type(like) == ScalarType::Double ? write_scalar<double>(loss, sum)
-                                           : write_scalar<float>(loss, sum);
-  return loss;
+  run_loss_backward(loss, call, like);
+  return result;
 }
 
 void LossBuilder::upstream(const Tensor& grad, int64_t reduction,
@@ -124,8 +86,10 @@ Tensor LossBuilder::wanted(bool is_wanted, const Tensor& input, void*& data) {
   return gradient;
 }
 
-void LossBuilder::backward(LossKernel kernel) {
-  if (call.d_pred || call.d_target || call.d_scores || call.d_ious) for_chunks(kernel, call);
+void LossBuilder::backward(Loss loss, const Tensor& like) {
+  if (call.d_pred || call.d_target || call.d_scores || call.d_ious) {
+    run_loss_backward(loss, call, like);
+  }
 }
 
 }  // namespace hqod

@@ -3,8 +3,7 @@
 
 #include <optional>
 
-#include "checks.h"
-#include "kernels/loss_call.h"
+#include "ops/device.h"
 
 namespace hqod {
 
@@ -12,8 +11,6 @@ enum class Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 // Which gradients a backward op is asked for, as bits of its `wanted` argument.
 enum Wanted : int64_t { kFirst = 1, kSecond = 2, kThird = 4 };
-
-using LossKernel = void (*)(const LossCall&, int64_t, int64_t);
 
 // A call under construction, and the tensors that it points into.
 class LossBuilder {
@@ -28,25 +25,22 @@ class LossBuilder {
   void tcorr(bool logits, int64_t variant);
 
   // The loss, shaped as the first dim sizes of like, or its sum times factor.
-  Tensor forward(LossKernel kernel, const Tensor& like, int64_t dim, int64_t reduction,
+  Tensor forward(Loss loss, const Tensor& like, int64_t dim, int64_t reduction,
                  std::optional<double> avg_factor);
 
   // The reduced loss and, in the same pass, its gradients: what wanted() returned.
-  Tensor forward_and_backward(LossKernel kernel, const Tensor& like, int64_t reduction,
+  Tensor forward_and_backward(Loss loss, const Tensor& like, int64_t reduction,
                               std::optional<double> avg_factor);
 
   // Sets the loss' own gradient. The kernel then fills what wanted() returned.
   void upstream(const Tensor& grad, int64_t reduction, std::optional<double> avg_factor);
   Tensor wanted(bool is_wanted, const Tensor& input, void*& data);
-  void backward(LossKernel kernel);
+  void backward(Loss loss, const Tensor& like);
 
   LossCall call;
 
  private:
   const void* keep(const Tensor& x);
-
-  // Runs the kernel, which fills partial sums, and adds them up times factor.
-  Tensor reduced(LossKernel kernel, const Tensor& like, double factor);
 
   double factor(int64_t reduction, std::optional<double> avg_factor) const;
 

@@ -1,9 +1,6 @@
-// tcorr_loss on the CPU.
-#include <torch/csrc/stable/library.h>
-
+// tcorr_loss.
 #include <tuple>
 
-#include "kernels/cpu/losses.h"
 #include "ops/loss.h"
 
 namespace hqod {
@@ -31,7 +28,7 @@ Tensor tcorr_loss(const Tensor& scores,                 // [...]
                   const std::optional<Tensor>& weight,  // [...]
                   bool logits, int64_t variant, int64_t reduction) {
   LossBuilder b = prepare(scores, ious, weight, logits, variant);
-  return b.forward(HQOD_KERNEL(tcorr_forward), scores, scores.dim(), reduction, std::nullopt);
+  return b.forward(Loss::tcorr, scores, scores.dim(), reduction, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor> tcorr_loss_backward(const Tensor& grad,                   // [...] or []
@@ -44,7 +41,7 @@ std::tuple<Tensor, Tensor> tcorr_loss_backward(const Tensor& grad,              
   b.upstream(grad, reduction, std::nullopt);
   Tensor d_scores = b.wanted(wanted & kFirst, scores, b.call.d_scores);
   Tensor d_ious = b.wanted(wanted & kSecond, ious, b.call.d_ious);
-  b.backward(HQOD_KERNEL(tcorr_backward));
+  b.backward(Loss::tcorr, scores);
   return {d_scores, d_ious};
 }
 
@@ -56,12 +53,11 @@ std::tuple<Tensor, Tensor, Tensor> tcorr_loss_and_grad(
   LossBuilder b = prepare(scores, ious, weight, logits, variant);
   Tensor d_scores = b.wanted(wanted & kFirst, scores, b.call.d_scores);
   Tensor d_ious = b.wanted(wanted & kSecond, ious, b.call.d_ious);
-  Tensor loss =
-      b.forward_and_backward(HQOD_KERNEL(tcorr_backward), scores, reduction, std::nullopt);
+  Tensor loss = b.forward_and_backward(Loss::tcorr, scores, reduction, std::nullopt);
   return {loss, d_scores, d_ious};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(hqod, CPU, m) {
+HQOD_LIBRARY_IMPL(m) {
   m.impl("tcorr_loss", TORCH_BOX(&tcorr_loss));
   m.impl("_tcorr_loss_backward", TORCH_BOX(&tcorr_loss_backward));
   m.impl("_tcorr_loss_and_grad", TORCH_BOX(&tcorr_loss_and_grad));

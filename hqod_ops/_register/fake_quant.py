@@ -17,6 +17,8 @@ from hqod_ops._register._autograd import (
 )
 from hqod_ops._register._fake import fake_gradient, one_device
 
+_ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}  # Activation in csrc/math/fake_quant.h
+
 _foreach_backward_op = torch.ops.hqod._fake_quant_foreach_backward.default
 
 
@@ -30,6 +32,7 @@ def _fake(
     ch_axis: int | None,
     grad_scale: float,
     lsq_grad_scale: bool,
+    activation: int,
 ) -> Tensor:
     one_device(x, scale, zero_point)
     return torch.empty_like(x)
@@ -46,6 +49,7 @@ def _fake_backward(
     ch_axis: int | None,
     grad_scale: float,
     lsq_grad_scale: bool,
+    activation: int,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     one_device(grad, x, scale, zero_point)
@@ -75,9 +79,11 @@ def fake_quant(
     quant_max: int,
     ch_axis: int | None = None,
     grad_scale: float | str | None = None,
+    activation: str | None = None,
 ) -> Tensor:
     """See :func:`hqod_ops.fake_quant`."""
-    y: Tensor = _call(x, scale, zero_point, quant_min, quant_max, ch_axis, *_factor(grad_scale))
+    options = (quant_min, quant_max, ch_axis, *_factor(grad_scale), _ACTIVATIONS[activation])
+    y: Tensor = _call(x, scale, zero_point, *options)
     return y
 
 

@@ -1,5 +1,4 @@
-// Loads and stores of every dtype through buffers of the compute type: float for half and bfloat16.
-// The formulas are thus compiled for float and double alone.
+// Loads and stores of every dtype through buffers of the compute type.
 #pragma once
 
 #ifdef __F16C__
@@ -7,51 +6,8 @@
 #endif
 
 #include "kernels/dtype.h"
-#include "math/config.h"
 
 HQOD_MATH_BEGIN
-
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-struct Half {
-  uint16_t bits;
-};
-
-HQOD_HD float widen(Bfloat16 x) {
-  return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16);
-}
-
-HQOD_HD float widen(Half x) {
-  // Exponent and fraction moved into place, then 2^112 corrects the bias, subnormals included.
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
-  const uint32_t finite = __builtin_bit_cast(uint32_t, scaled);
-  const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their fraction
-  return __builtin_bit_cast(float, sign | (magnitude >= 0x0f800000u ? special : finite));
-}
-
-HQOD_HD void narrow(float x, Bfloat16& out) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // half to even
-  out.bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
-}
-
-HQOD_HD void narrow(float x, Half& out) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
-  const uint32_t odd = (magnitude >> 13) & 1u;
-  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + odd) >> 13;  // half to even
-  // Below 2^-14 the unit of a half is 2^-24: adding 0.5 leaves the code in the float's low bits.
-  const float shifted = __builtin_bit_cast(float, magnitude) + 0.5f;
-  const uint32_t subnormal = __builtin_bit_cast(uint32_t, shifted) - 0x3f000000u;
-  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;
-  out.bits = static_cast<uint16_t>(sign | half);
-}
 
 HQOD_HD void load(const Bfloat16* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = widen(from[i]);
@@ -115,13 +71,6 @@ __attribute__((noinline)) void write(Dtype dtype, const T* buffer, void* to, int
     if (dtype == Dtype::kBfloat16) store(buffer, static_cast<Bfloat16*>(to) + start, n);
     if (dtype == Dtype::kHalf) store(buffer, static_cast<Half*>(to) + start, n);
   }
-}
-
-// Calls f with a value of the type that a dtype is computed in.
-template <typename F>
-HQOD_HD void with_compute_type(Dtype dtype, F&& f) {
-  if (dtype == Dtype::kFloat64) return f(double{});
-  f(float{});
 }
 
 HQOD_MATH_END

@@ -1,8 +1,6 @@
 #include "kernels/cpu/fake_quant.h"
 
 #include "kernels/cpu/convert.h"
-#include "math/fake_quant.h"
-#include "math/fake_quant_layout.h"
 
 HQOD_MATH_BEGIN
 
@@ -10,24 +8,16 @@ HQOD_MATH_BEGIN
 inline constexpr int64_t kSumLanes = 32;
 inline constexpr int64_t kStage = 512;  // half-precision elements widened at a time
 
-template <typename T>
-HQOD_HD QuantScale<T> channel_scale(const FakeQuantCall& call, int64_t channel) {
-  const T* zero_points = static_cast<const T*>(call.zero_point);
-  return quant_scale(static_cast<const T*>(call.scale)[channel],
-                     zero_points == nullptr ? T(0) : zero_points[channel],
-                     static_cast<T>(call.quant_min), static_cast<T>(call.quant_max));
-}
-
-// What is wanted of a backward pass, known at compile time.
-template <bool dx_, bool ds_, bool dz_>
+// What is wanted of a backward pass, known at compile time; clipped: an activation comes first.
+template <bool dx_, bool ds_, bool dz_, bool clipped_>
 struct Want {
-  static constexpr bool dx = dx_, ds = ds_, dz = dz_;
+  static constexpr bool dx = dx_, ds = ds_, dz = dz_, clipped = clipped_;
 };
 
 // One scale for the whole stretch.
-template <bool shared, typename T>
+template <bool shared, bool clipped, typename T>
 HQOD_HD void forward_row(const T* __restrict x, T* __restrict y, int64_t n, QuantScale<T> s) {
-  for (int64_t i = 0; i < n; ++i) y[i] = fake_quant<shared>(x[i], s);
+  for (int64_t i = 0; i < n; ++i) y[i] = fake_quant<shared, clipped>(x[i], s);
 }
 
 template <bool shared, typename W, typename T>
@@ -38,7 +28,8 @@ HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __re
     T lanes_s[kSumLanes] = {}, lanes_z[kSumLanes] = {};
     for (; i + kSumLanes <= n; i += kSumLanes) {
       for (int64_t lane = 0; lane < kSumLanes; ++lane) {
-        const FakeQuantGrad<T> g = fake_quant_grad<shared>(x[i + lane], s, dy[i + lane]);
+        const FakeQuantGrad<T> g =
+            fake_quant_grad<shared, W::clipped>(x[i + lane], s, dy[i + lane]);
         if constexpr (W::dx) dx[i + lane] = g.dx;
         if constexpr (W::ds) lanes_s[lane] += g.ds;
         if constexpr (W::dz) lanes_z[lane] += g.dz;
@@ -50,7 +41,7 @@ HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __re
     }
   }
   for (int64_t lane = 0; i < n; ++i, ++lane) {
-    const FakeQuantGrad<T> g = fake_quant_grad<shared>(x[i], s, dy[i]);
+    const FakeQuantGrad<T> g = fake_quant_grad<shared, W::clipped>(x[i], s, dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
     if constexpr (W::ds) sums_s[lane % kSumLanes] += g.ds;
     if constexpr (W::dz) sums_z[lane % kSumLanes] += g.dz;
@@ -61,13 +52,14 @@ HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __re
 template <typename T>
 struct TileScales {
   alignas(64) T scale[kTile], inverse[kTile], low[kTile], high[kTile];
+  T x_low = T(0), x_high = T(0);
   bool shared = false;   // quotient_works for all of them
   bool centred = false;  // without zero points, so low and high are the same for all of them
 
   template <bool is_centred>
   HQOD_HD QuantScale<T> at(int64_t i) const {
     const int64_t k = is_centred ? 0 : i;
-    return {scale[i], inverse[i], low[k], high[k]};
+    return {scale[i], inverse[i], low[k], high[k], x_low, x_high};
   }
 
   void fill(const FakeQuantCall& call, const FakeQuantLayout& layout, const FakeQuantUnit& unit) {
@@ -77,6 +69,8 @@ struct TileScales {
     for (int64_t i = 0; i < unit.width; i += layout.inner) {
       const QuantScale<T> s = channel_scale<T>(call, channel);
       shared &= quotient_works(s.scale);
+      x_low = s.x_low;
+      x_high = s.x_high;
       for (int64_t k = i; k < i + layout.inner; ++k) {
         scale[k] = s.scale;
         inverse[k] = s.inverse;
@@ -89,11 +83,12 @@ struct TileScales {
 };
 
 // A scale for each element, from index first of the tile on, and a sum for each.
-template <bool shared, bool centred, typename T>
+template <bool shared, bool clipped, bool centred, typename T>
 HQOD_HD void forward_tile(const T* __restrict x, T* __restrict y, int64_t n, const TileScales<T>& s,
                           int64_t first) {
-  for (int64_t i = 0; i < n; ++i)
-    y[i] = fake_quant<shared>(x[i], s.template at<centred>(first + i));
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] = fake_quant<shared, clipped>(x[i], s.template at<centred>(first + i));
+  }
 }
 
 template <bool shared, bool centred, typename W, typename T>
@@ -102,7 +97,7 @@ HQOD_HD void backward_tile(const T* __restrict x, const T* __restrict dy, T* __r
                            T* __restrict sums_z) {
   for (int64_t i = 0; i < n; ++i) {
     const QuantScale<T> scale = s.template at<centred>(first + i);
-    const FakeQuantGrad<T> g = fake_quant_grad<shared>(x[i], scale, dy[i]);
+    const FakeQuantGrad<T> g = fake_quant_grad<shared, W::clipped>(x[i], scale, dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
     if constexpr (W::ds) sums_s[first + i] += g.ds;
     if constexpr (W::dz) sums_z[first + i] += g.dz;
@@ -133,7 +128,7 @@ HQOD_HD void for_stretches(const FakeQuantUnit& unit, int64_t numel, int64_t ste
   }
 }
 
-template <bool shared, typename T>
+template <bool shared, bool clipped, typename T>
 HQOD_HD void forward_unit(const FakeQuantCall& call, const FakeQuantLayout& layout,
                           const FakeQuantUnit& unit, const QuantScale<T>& row,
                           const TileScales<T>& tile, Stage<T>& stage) {
@@ -142,19 +137,19 @@ HQOD_HD void forward_unit(const FakeQuantCall& call, const FakeQuantLayout& layo
     const T* x = read(call.dtype, call.x, at, n, stage.x);
     T* y = write_target(call.dtype, call.y, at, stage.out);
     if (layout.rows) {
-      forward_row<shared>(x, y, n, row);
+      forward_row<shared, clipped>(x, y, n, row);
     } else if (tile.centred) {
-      forward_tile<shared, true>(x, y, n, tile, offset);
+      forward_tile<shared, clipped, true>(x, y, n, tile, offset);
     } else {
-      forward_tile<shared, false>(x, y, n, tile, offset);
+      forward_tile<shared, clipped, false>(x, y, n, tile, offset);
     }
     if (y == stage.out) write(call.dtype, y, call.y, at, n);
   });
 }
 
-template <typename T>
+template <typename T, bool clipped>
 void forward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
-  const FakeQuantLayout layout = fake_quant_layout(call.outer, call.channels, call.inner);
+  const FakeQuantLayout layout = layout_of(call);
   Stage<T> stage;
   TileScales<T> tile;
   for (int64_t index = begin; index < end; ++index) {
@@ -162,9 +157,9 @@ void forward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
     const QuantScale<T> row = channel_scale<T>(call, unit.channel);
     if (!layout.rows) tile.fill(call, layout, unit);
     if (layout.rows ? quotient_works(row.scale) : tile.shared) {
-      forward_unit<true>(call, layout, unit, row, tile, stage);
+      forward_unit<true, clipped>(call, layout, unit, row, tile, stage);
     } else {
-      forward_unit<false>(call, layout, unit, row, tile, stage);
+      forward_unit<false, clipped>(call, layout, unit, row, tile, stage);
     }
   }
 }
@@ -217,7 +212,7 @@ HQOD_HD void backward_unit(const FakeQuantCall& call, const FakeQuantLayout& lay
 
 template <typename T, typename W>
 void backward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
-  const FakeQuantLayout layout = fake_quant_layout(call.outer, call.channels, call.inner);
+  const FakeQuantLayout layout = layout_of(call);
   Stage<T> stage;
   TileScales<T> tile;
   UnitSums<T> sums;
@@ -237,26 +232,36 @@ void backward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
   }
 }
 
+template <typename T, bool clipped>
+void backward_of(const FakeQuantCall& call, int64_t begin, int64_t end) {
+  const bool dx = call.dx != nullptr, ds = call.scale_sums != nullptr;
+  const bool dz = call.zero_point_sums != nullptr;
+  if (dx && ds && dz) return backward_units<T, Want<true, true, true, clipped>>(call, begin, end);
+  if (dx && ds) return backward_units<T, Want<true, true, false, clipped>>(call, begin, end);
+  if (dx && dz) return backward_units<T, Want<true, false, true, clipped>>(call, begin, end);
+  if (dx) return backward_units<T, Want<true, false, false, clipped>>(call, begin, end);
+  if (ds && dz) return backward_units<T, Want<false, true, true, clipped>>(call, begin, end);
+  if (ds) return backward_units<T, Want<false, true, false, clipped>>(call, begin, end);
+  if (dz) return backward_units<T, Want<false, false, true, clipped>>(call, begin, end);
+}
+
 HQOD_MATH_END
 
 namespace hqod {
 
 void HQOD_KERNEL_NAME(fake_quant_forward)(const FakeQuantCall& call, int64_t begin, int64_t end) {
-  with_compute_type(call.dtype, [&](auto tag) { forward_units<decltype(tag)>(call, begin, end); });
+  with_compute_type(call.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if (call.activation != 0) return forward_units<T, true>(call, begin, end);
+    forward_units<T, false>(call, begin, end);
+  });
 }
 
 void HQOD_KERNEL_NAME(fake_quant_backward)(const FakeQuantCall& call, int64_t begin, int64_t end) {
-  const bool dx = call.dx != nullptr, ds = call.scale_sums != nullptr;
-  const bool dz = call.zero_point_sums != nullptr;
   with_compute_type(call.dtype, [&](auto tag) {
     using T = decltype(tag);
-    if (dx && ds && dz) return backward_units<T, Want<true, true, true>>(call, begin, end);
-    if (dx && ds) return backward_units<T, Want<true, true, false>>(call, begin, end);
-    if (dx && dz) return backward_units<T, Want<true, false, true>>(call, begin, end);
-    if (dx) return backward_units<T, Want<true, false, false>>(call, begin, end);
-    if (ds && dz) return backward_units<T, Want<false, true, true>>(call, begin, end);
-    if (ds) return backward_units<T, Want<false, true, false>>(call, begin, end);
-    if (dz) return backward_units<T, Want<false, false, true>>(call, begin, end);
+    if (call.activation != 0) return backward_of<T, true>(call, begin, end);
+    backward_of<T, false>(call, begin, end);
   });
 }
 

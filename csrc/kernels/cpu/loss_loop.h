@@ -3,8 +3,8 @@
 #pragma once
 
 #include "kernels/cpu/convert.h"
-#include "kernels/loss_call.h"
-#include "math/box_iou.h"
+#include "kernels/cpu/losses.h"
+#include "kernels/losses/inputs.h"
 
 HQOD_MATH_BEGIN
 
@@ -12,41 +12,32 @@ inline constexpr int64_t kBlock = 64;  // samples held in arrays at a time: they
 inline constexpr int64_t kLanes = 16;  // independent sums, combined in a fixed order
 
 template <typename T>
-struct BoxBlock {
-  alignas(64) T x1[kBlock], y1[kBlock], x2[kBlock], y2[kBlock];
+using Boxes = BoxBlock<T, kBlock>;
 
-  HQOD_HD Box<T> operator[](int64_t i) const { return {x1[i], y1[i], x2[i], y2[i]}; }
-
-  HQOD_HD void set(int64_t i, const Box<T>& box) {
-    x1[i] = box.x1;
-    y1[i] = box.y1;
-    x2[i] = box.x2;
-    y2[i] = box.y2;
+template <typename T>
+HQOD_HD void load_boxes(Dtype dtype, const void* from, int64_t start, int64_t n, Boxes<T>& out) {
+  alignas(64) T buffer[4 * kBlock];
+  const T* __restrict boxes = read(dtype, from, 4 * start, 4 * n, buffer);
+  for (int64_t i = 0; i < n; ++i) {
+    out.x1[i] = boxes[4 * i];
+    out.y1[i] = boxes[4 * i + 1];
+    out.x2[i] = boxes[4 * i + 2];
+    out.y2[i] = boxes[4 * i + 3];
   }
+}
 
-  HQOD_HD void load_from(Dtype dtype, const void* from, int64_t start, int64_t n) {
-    alignas(64) T buffer[4 * kBlock];
-    const T* __restrict boxes = read(dtype, from, 4 * start, 4 * n, buffer);
-    for (int64_t i = 0; i < n; ++i) {
-      x1[i] = boxes[4 * i];
-      y1[i] = boxes[4 * i + 1];
-      x2[i] = boxes[4 * i + 2];
-      y2[i] = boxes[4 * i + 3];
-    }
+template <typename T>
+HQOD_HD void store_boxes(Dtype dtype, const Boxes<T>& from, void* to, int64_t start, int64_t n) {
+  alignas(64) T buffer[4 * kBlock];
+  T* __restrict boxes = write_target(dtype, to, 4 * start, buffer);
+  for (int64_t i = 0; i < n; ++i) {
+    boxes[4 * i] = from.x1[i];
+    boxes[4 * i + 1] = from.y1[i];
+    boxes[4 * i + 2] = from.x2[i];
+    boxes[4 * i + 3] = from.y2[i];
   }
-
-  HQOD_HD void store_to(Dtype dtype, void* to, int64_t start, int64_t n) const {
-    alignas(64) T buffer[4 * kBlock];
-    T* __restrict boxes = write_target(dtype, to, 4 * start, buffer);
-    for (int64_t i = 0; i < n; ++i) {
-      boxes[4 * i] = x1[i];
-      boxes[4 * i + 1] = y1[i];
-      boxes[4 * i + 2] = x2[i];
-      boxes[4 * i + 3] = y2[i];
-    }
-    if (boxes == buffer) write(dtype, buffer, to, 4 * start, 4 * n);
-  }
-};
+  if (boxes == buffer) write(dtype, buffer, to, 4 * start, 4 * n);
+}
 
 // Samples start to start + n of an array as T.
 template <typename T>
@@ -69,6 +60,30 @@ HQOD_HD void load_weight(const LossCall& call, int64_t start, int64_t n, T* out)
   for (int64_t i = 0; i < n; ++i) out[i] = T(1);
 }
 
+template <typename Inputs>
+HQOD_HD void load_inputs(const LossCall& call, int64_t start, int64_t n, Inputs& in) {
+  if constexpr (Inputs::boxes) {
+    load_boxes(call.dtype, call.pred, start, n, in.pred);
+    load_boxes(call.dtype, call.target, start, n, in.target);
+  }
+  if constexpr (Inputs::scores) {
+    load_values(call.dtype, call.scores, start, n, in.score);
+    if (call.ious != nullptr) load_values(call.dtype, call.ious, start, n, in.iou);
+  }
+}
+
+template <bool target_grad, typename Inputs>
+HQOD_HD void store_gradients(const LossCall& call, const Inputs& in, int64_t start, int64_t n) {
+  if constexpr (Inputs::boxes) {
+    if (call.d_pred != nullptr) store_boxes(call.dtype, in.d_pred, call.d_pred, start, n);
+    if constexpr (target_grad) store_boxes(call.dtype, in.d_target, call.d_target, start, n);
+  }
+  if constexpr (Inputs::scores) {
+    if (call.d_scores != nullptr) store_values(call.dtype, in.d_score, call.d_scores, start, n);
+    if (call.d_ious != nullptr) store_values(call.dtype, in.d_iou, call.d_ious, start, n);
+  }
+}
+
 // Sums of a block's losses in lanes of their own, combined in a fixed order.
 template <typename T>
 struct LaneSums {
@@ -89,13 +104,10 @@ struct LaneSums {
   }
 };
 
-// A Formula has the Type it computes in, its Inputs, which load a block by load_from(call, start,
-// n), and loss(inputs, i).
 template <typename Formula>
-void loss_forward(const LossCall& call, int64_t begin, int64_t end) {
+void loss_forward(const Formula& formula, const LossCall& call, int64_t begin, int64_t end) {
   using T = typename Formula::Type;
-  const Formula formula(call);
-  typename Formula::Inputs in;
+  typename Formula::template Inputs<kBlock> in;
   alignas(64) T loss[kBlock], weight[kBlock];
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * kLossChunk;
@@ -103,7 +115,7 @@ void loss_forward(const LossCall& call, int64_t begin, int64_t end) {
     LaneSums<T> sums;
     for (int64_t start = first; start < last; start += kBlock) {
       const int64_t n = last - start < kBlock ? last - start : kBlock;
-      in.load_from(call, start, n);
+      load_inputs(call, start, n, in);
       load_weight(call, start, n, weight);
       for (int64_t i = 0; i < n; ++i) loss[i] = weight[i] * formula.loss(in, i);
       if (call.loss != nullptr) {
@@ -117,14 +129,11 @@ void loss_forward(const LossCall& call, int64_t begin, int64_t end) {
   }
 }
 
-// Formula::grad(inputs, i, g) leaves sample i's gradients in inputs, which store_to(call, start, n)
-// writes out, and returns its loss. With call.partial_sums the losses are added up as well, and g
-// is the weight times call.factor; otherwise it is that times the upstream gradient.
-template <typename Formula>
-void loss_backward(const LossCall& call, int64_t begin, int64_t end) {
+// With call.partial_sums the losses are added up beside the gradients.
+template <bool target_grad, typename Formula>
+void loss_backward(const Formula& formula, const LossCall& call, int64_t begin, int64_t end) {
   using T = typename Formula::Type;
-  const Formula formula(call);
-  typename Formula::Inputs in;
+  typename Formula::template Inputs<kBlock> in;
   alignas(64) T loss[kBlock], weight[kBlock], grad[kBlock];
   const T* upstream = static_cast<const T*>(call.grad);
   const bool one_upstream = upstream == nullptr || call.grad_is_scalar;
@@ -136,15 +145,16 @@ void loss_backward(const LossCall& call, int64_t begin, int64_t end) {
     LaneSums<T> sums;
     for (int64_t start = first; start < last; start += kBlock) {
       const int64_t n = last - start < kBlock ? last - start : kBlock;
-      in.load_from(call, start, n);
+      load_inputs(call, start, n, in);
       load_weight(call, start, n, weight);
       if (one_upstream) {
         for (int64_t i = 0; i < n; ++i) grad[i] = weight[i] * factor;
       } else {
         for (int64_t i = 0; i < n; ++i) grad[i] = weight[i] * factor * upstream[start + i];
       }
-      for (int64_t i = 0; i < n; ++i) loss[i] = weight[i] * formula.grad(in, i, grad[i]);
-      in.store_to(call, start, n);
+      for (int64_t i = 0; i < n; ++i)
+        loss[i] = weight[i] * formula.template grad<target_grad>(in, i, grad[i]);
+      store_gradients<target_grad>(call, in, start, n);
       if (call.partial_sums != nullptr) sums.add(loss, n);
     }
     if (call.partial_sums != nullptr) call.partial_sums[chunk] = sums.total();
@@ -152,3 +162,17 @@ void loss_backward(const LossCall& call, int64_t begin, int64_t end) {
 }
 
 HQOD_MATH_END
+
+// The kernels of a loss, compiled once for every instruction set.
+#define HQOD_DEFINE_LOSS_KERNELS(name)                                                       \
+  namespace hqod {                                                                           \
+  void HQOD_KERNEL_NAME(name##_forward)(const LossCall& call, int64_t begin, int64_t end) {  \
+    with_##name(call, [&](auto formula) { loss_forward(formula, call, begin, end); });       \
+  }                                                                                          \
+  void HQOD_KERNEL_NAME(name##_backward)(const LossCall& call, int64_t begin, int64_t end) { \
+    with_##name(call, [&](auto formula) {                                                    \
+      if (call.d_target != nullptr) return loss_backward<true>(formula, call, begin, end);   \
+      loss_backward<false>(formula, call, begin, end);                                       \
+    });                                                                                      \
+  }                                                                                          \
+  }

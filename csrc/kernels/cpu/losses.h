@@ -3,12 +3,10 @@
 
 #include "kernels/cpu/isa.h"
 #include "kernels/loss_call.h"
+#include "kernels/loss_list.h"
 
-HQOD_DECLARE_KERNEL(box_iou_forward, const LossCall& call, int64_t begin, int64_t end)
-HQOD_DECLARE_KERNEL(box_iou_backward, const LossCall& call, int64_t begin, int64_t end)
-HQOD_DECLARE_KERNEL(harmonious_iou_forward, const LossCall& call, int64_t begin, int64_t end)
-HQOD_DECLARE_KERNEL(harmonious_iou_backward, const LossCall& call, int64_t begin, int64_t end)
-HQOD_DECLARE_KERNEL(tcorr_forward, const LossCall& call, int64_t begin, int64_t end)
-HQOD_DECLARE_KERNEL(tcorr_backward, const LossCall& call, int64_t begin, int64_t end)
-HQOD_DECLARE_KERNEL(hqod_forward, const LossCall& call, int64_t begin, int64_t end)
-HQOD_DECLARE_KERNEL(hqod_backward, const LossCall& call, int64_t begin, int64_t end)
+#define HQOD_DECLARE_LOSS_KERNELS(name)                                                 \
+  HQOD_DECLARE_KERNEL(name##_forward, const LossCall& call, int64_t begin, int64_t end) \
+  HQOD_DECLARE_KERNEL(name##_backward, const LossCall& call, int64_t begin, int64_t end)
+
+HQOD_LOSSES(HQOD_DECLARE_LOSS_KERNELS)

@@ -1,0 +1,54 @@
+// The task-correlation loss of pairs of score and IoU.
+#pragma once
+
+#include "kernels/loss_call.h"
+#include "kernels/losses/inputs.h"
+#include "math/tcorr.h"
+
+HQOD_MATH_BEGIN
+
+template <typename T, TCorrVariant variant, bool logits>
+struct TCorrLoss {
+  using Type = T;
+  template <int64_t n>
+  using Inputs = ScoreInputs<T, n>;
+
+  template <int64_t n>
+  HQOD_HD T loss(const ScoreInputs<T, n>& in, int64_t i) const {
+    return tcorr<T, variant, logits>(in.score[i], in.iou[i]).loss;
+  }
+
+  template <bool target_grad, int64_t n>
+  HQOD_HD T grad(ScoreInputs<T, n>& in, int64_t i, T g) const {
+    const TCorr<T> t = tcorr<T, variant, logits>(in.score[i], in.iou[i]);
+    in.d_score[i] = g * t.d_score;
+    in.d_iou[i] = g * t.d_iou;
+    return t.loss;
+  }
+};
+
+template <auto v>
+struct Constant {
+  static constexpr auto value = v;
+};
+
+// Calls f(variant, logits) with TCorr's options as constants.
+template <typename F>
+void with_tcorr_options(const LossCall& call, F&& f) {
+  const bool geometric = call.variant == static_cast<int>(TCorrVariant::kGeometric);
+  if (geometric && call.logits) return f(Constant<TCorrVariant::kGeometric>{}, Constant<true>{});
+  if (geometric) return f(Constant<TCorrVariant::kGeometric>{}, Constant<false>{});
+  if (call.logits) return f(Constant<TCorrVariant::kOfficial>{}, Constant<true>{});
+  return f(Constant<TCorrVariant::kOfficial>{}, Constant<false>{});
+}
+
+template <typename F>
+void with_tcorr(const LossCall& call, F&& f) {
+  with_compute_type(call.dtype, [&](auto tag) {
+    with_tcorr_options(call, [&](auto variant, auto logits) {
+      f(TCorrLoss<decltype(tag), variant.value, logits.value>{});
+    });
+  });
+}
+
+HQOD_MATH_END
