@@ -5,6 +5,7 @@
 #   TORCH=2.13.0           the torch: a version, or pip requirements; without torchvision among them,
 #                          as here, the detectors are left out
 #   TORCHES="2.10.0 2.13.0"   the torches of test-torch
+#   PY=python3.12          the interpreter of test-gpu and bench-gpu, with all they need
 #   ARGS="--quick"         arguments of `hqod demo`, pytest or bench_ops.py
 #   CXX=clang++            and the other build variables: see CONTRIBUTING.md
 #
@@ -19,6 +20,7 @@ DEFAULT_TORCH := torch==2.11.0 torchvision==0.26.0
 PYTHON ?= python3
 TORCH ?= $(DEFAULT_TORCH)
 TORCHES ?= 2.13.0
+PY ?= python3
 ARGS ?=
 
 override TORCH := $(if $(findstring torch,$(TORCH)),$(TORCH),torch==$(strip $(TORCH)))
@@ -31,8 +33,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 # build-system.requires of pyproject.toml, but for torch: a build without isolation wants them there.
 BUILD_TOOLS := "setuptools>=77" numpy "cmake>=3.24" ninja "pybind11>=2.13"
-BUILD_VARIABLES := $(foreach v,CXX CXXFLAGS CMAKE_BUILD_TYPE HQOD_WERROR,$v=$($v))
-SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc -type f)
+BUILD_VARIABLES := $(foreach v,CXX CXXFLAGS CMAKE_BUILD_TYPE HQOD_WERROR HQOD_CUDA \
+  TORCH_CUDA_ARCH_LIST,$v=$($v))
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc cmake -type f)
 LIBRARY := hqod_ops/lib/libhqod_ops.so
 
 .PHONY: help
@@ -67,6 +70,22 @@ test-torch: $(VENV)/.installed ## the op tests under other torches (TORCHES=), w
 .PHONY: sanitize
 sanitize: $(VENV)/.installed ## the op tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	scripts/test_sanitized.sh $(ARGS)
+
+.PHONY: emulate
+emulate: $(VENV)/.installed ## the op tests with the CUDA kernels run on the CPU
+	scripts/test_emulated.sh $(ARGS)
+
+.PHONY: cuda-report
+cuda-report: $(VENV)/.installed ## registers, spills and wide accesses of the CUDA kernels
+	python scripts/cuda_report.py $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: ## every test of a GPU, with the Python it is given (PY=python3); installs nothing
+	PY="$(PY)" scripts/test_gpu.sh $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: ## the benchmarks on a GPU, with the Python it is given (PY=python3); installs nothing
+	PY="$(PY)" scripts/bench_gpu.sh $(ARGS)
 
 .PHONY: audit
 audit: $(VENV)/.installed ## the native libraries use the stable ABI of torch alone

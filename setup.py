@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
             "HQOD_OUTPUT": str(package),
             "HQOD_SANITIZE": os.environ.get("HQOD_SANITIZE", "OFF"),
             "HQOD_WERROR": os.environ.get("HQOD_WERROR", "OFF"),
+            "HQOD_CUDA": os.environ.get("HQOD_CUDA", "AUTO"),  # 1: fail without nvcc; 0: leave out
             "Python_EXECUTABLE": sys.executable,
         }
         commands = [

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hqod_ops import FakeQuant, fake_quant
+from hqod_ops import FakeQuant
+from python_tests.device import fake_quant
 
 PAIRS = {"relu": F.relu, "relu6": F.relu6}
 LAYOUTS = {

@@ -5,7 +5,6 @@
 
 #include "kernels/dtype.h"
 #include "math/fake_quant.h"
-#include "math/fake_quant_layout.h"
 
 namespace hqod {
 
@@ -27,26 +26,31 @@ struct FakeQuantCall {
   void* d_zero_point = nullptr;  // [channels], or null: not wanted
   double factor = 1.0;           // of the gradients to scale and zero point
 
-  // [blocks, channels] partial sums of a device on its way to these gradients.
-  double* scale_sums = nullptr;
-  double* zero_point_sums = nullptr;
+  // [blocks, channels] partial sums of a device on its way to these gradients, in its own dtype.
+  void* scale_sums = nullptr;
+  void* zero_point_sums = nullptr;
 };
 
 }  // namespace hqod
 
 HQOD_MATH_BEGIN
 
-HQOD_HD FakeQuantLayout layout_of(const FakeQuantCall& call) {
-  return fake_quant_layout(call.outer, call.channels, call.inner);
+template <typename T>
+HQOD_HD T channel_zero(const FakeQuantCall& call, int64_t channel) {
+  if (call.zero_point == nullptr) return T(0);
+  return round_even(read_one<T>(call.param_dtype, call.zero_point, channel));
+}
+
+template <typename T>
+HQOD_HD QuantScale<T> quant_scale(const FakeQuantCall& call, T scale, T inverse, T zero) {
+  return quant_scale(scale, inverse, zero, static_cast<T>(call.quant_min),
+                     static_cast<T>(call.quant_max), static_cast<Activation>(call.activation));
 }
 
 template <typename T>
 HQOD_HD QuantScale<T> channel_scale(const FakeQuantCall& call, int64_t channel) {
-  const T zero_point =
-      call.zero_point == nullptr ? T(0) : read_one<T>(call.param_dtype, call.zero_point, channel);
-  return quant_scale(read_one<T>(call.param_dtype, call.scale, channel), zero_point,
-                     static_cast<T>(call.quant_min), static_cast<T>(call.quant_max),
-                     static_cast<Activation>(call.activation));
+  const T scale = read_one<T>(call.param_dtype, call.scale, channel);
+  return quant_scale(call, scale, T(1) / scale, channel_zero<T>(call, channel));
 }
 
 HQOD_MATH_END

@@ -8,6 +8,13 @@
 #else
 #define HQOD_HD inline __attribute__((always_inline))
 #endif
+#ifdef __CUDA_ARCH__
+#define HQOD_UNROLL _Pragma("unroll")
+#define HQOD_ROLL _Pragma("unroll 1")
+#else
+#define HQOD_UNROLL
+#define HQOD_ROLL
+#endif
 
 // The CPU kernels are compiled once per instruction set, headers included. The inline namespace
 // keeps their functions apart, so that the linker never merges an AVX-512 body into the baseline.

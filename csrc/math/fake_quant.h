@@ -25,25 +25,28 @@ template <typename T>
 struct QuantScale {
   T scale, inverse;
   T low, high;      // q_min - round(z), q_max - round(z)
-  T x_low, x_high;  // infinite without an activation
+  T x_low, x_high;  // NaN, which holds nothing, without an activation
 };
 
+// From 1 / scale and the rounded zero point.
 template <typename T>
-HQOD_HD QuantScale<T> quant_scale(T scale, T zero_point, T q_min, T q_max, Activation activation) {
-  const T zero = round_even(zero_point), infinity = static_cast<T>(__builtin_huge_val());
-  const bool none = activation == Activation::kNone, six = activation == Activation::kRelu6;
+HQOD_HD QuantScale<T> quant_scale(T scale, T inverse, T zero, T q_min, T q_max,
+                                  Activation activation) {
+  const T open = static_cast<T>(__builtin_nan(""));
   return {scale,
-          T(1) / scale,
+          inverse,
           q_min - zero,
           q_max - zero,
-          none ? -infinity : T(0),
-          six ? T(6) : infinity};
+          activation == Activation::kNone ? open : T(0),
+          activation == Activation::kRelu6 ? T(6) : open};
 }
 
-// x / s; `shared` when quotient_works(s).
-template <bool shared, typename T>
+// How x / s is computed: by the inverse, where quotient_works(s), or by a division.
+enum class Ratio { kInverse, kDivided };
+
+template <Ratio ratio, typename T>
 HQOD_HD T quant_ratio(T x, const QuantScale<T>& s) {
-  if constexpr (shared) {
+  if constexpr (ratio == Ratio::kInverse) {
     return quotient(x, s.scale, s.inverse);
   } else {
     return x / s.scale;
@@ -51,10 +54,10 @@ HQOD_HD T quant_ratio(T x, const QuantScale<T>& s) {
 }
 
 // `clipped` when an activation comes first.
-template <bool shared, bool clipped, typename T>
+template <Ratio kind, bool clipped, typename T>
 HQOD_HD T fake_quant(T x, const QuantScale<T>& s) {
   if constexpr (clipped) x = clamp_nan(x, s.x_low, s.x_high);
-  return clamp_nan(round_even(quant_ratio<shared>(x, s)), s.low, s.high) * s.scale;
+  return clamp_nan(round_even(quant_ratio<kind>(x, s)), s.low, s.high) * s.scale;
 }
 
 template <typename T>
@@ -62,14 +65,14 @@ struct FakeQuantGrad {
   T dx, ds, dz;
 };
 
-template <bool shared, bool clipped, typename T>
+template <Ratio kind, bool clipped, typename T>
 HQOD_HD FakeQuantGrad<T> fake_quant_grad(T x, const QuantScale<T>& s, T dy) {
   bool stopped = false;
   if constexpr (clipped) {
     stopped = (x <= s.x_low) | (x >= s.x_high);
     x = clamp_nan(x, s.x_low, s.x_high);
   }
-  const T ratio = quant_ratio<shared>(x, s);
+  const T ratio = quant_ratio<kind>(x, s);
   const T code = round_even(ratio);
   const bool outside = (code < s.low) | (code > s.high);
   const T level = clamp_nan(code, s.low, s.high);

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> aligned_box_iou_backward(const Tensor& grad,    // [.
                                                     int64_t wanted) {
   LossBuilder b("boxes1", boxes1, boxes1.numel() / 4);
   b.boxes("boxes1", boxes1, "boxes2", boxes2);
-  b.upstream(grad, 0, std::nullopt);
+  b.upstream(grad, boxes1, 0, std::nullopt);
   Tensor d_boxes1 = b.wanted(wanted & kFirst, boxes1, b.call.d_pred);
   Tensor d_boxes2 = b.wanted(wanted & kSecond, boxes2, b.call.d_target);
   b.backward(Loss::box_iou, boxes1);

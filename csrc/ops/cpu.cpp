@@ -7,7 +7,6 @@
 
 #include "kernels/cpu/fake_quant.h"
 #include "kernels/cpu/losses.h"
-#include "math/fake_quant_layout.h"
 #include "ops/device.h"
 
 namespace hqod {
@@ -64,7 +63,7 @@ void run_fake_quant(FakeQuantKernel kernel, FakeQuantCall* const* calls, int64_t
   std::vector<int64_t> first(count + 1, 0);  // of each call, counting the units of all
   int64_t elements = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const FakeQuantLayout layout = layout_of(*calls[i]);
+    const FakeQuantLayout layout = cpu_layout(*calls[i]);
     first[i + 1] = first[i] + layout.units;
     elements += layout.numel;
   }
@@ -81,10 +80,11 @@ void run_fake_quant(FakeQuantKernel kernel, FakeQuantCall* const* calls, int64_t
 }
 
 // The gradient of a parameter: its partial sums added up in order.
-void add_up(const FakeQuantCall& call, int64_t blocks, const double* sums, void* gradient) {
+void add_up(const FakeQuantCall& call, int64_t blocks, const void* sums, void* gradient) {
   for (int64_t c = 0; c < call.channels; ++c) {
     double total = 0;
-    for (int64_t b = 0; b < blocks; ++b) total += sums[b * call.channels + c];
+    for (int64_t b = 0; b < blocks; ++b)
+      total += static_cast<const double*>(sums)[b * call.channels + c];
     write_one(call.param_dtype, gradient, c, total * call.factor);
   }
 }
@@ -106,7 +106,7 @@ void run_fake_quant_forward(FakeQuantCall* const* calls, int64_t count, const Te
 void run_fake_quant_backward(FakeQuantCall* const* calls, int64_t count, const Tensor&) {
   std::vector<std::unique_ptr<double[]>> sums;
   const auto new_sums = [&](const FakeQuantCall& call) {
-    const int64_t size = std::max<int64_t>(layout_of(call).blocks * call.channels, 1);
+    const int64_t size = std::max<int64_t>(cpu_layout(call).blocks * call.channels, 1);
     return sums.emplace_back(std::make_unique_for_overwrite<double[]>(size)).get();
   };
   for (int64_t i = 0; i < count; ++i) {
@@ -116,7 +116,7 @@ void run_fake_quant_backward(FakeQuantCall* const* calls, int64_t count, const T
   run_fake_quant(HQOD_KERNEL(fake_quant_backward), calls, count);
   for (int64_t i = 0; i < count; ++i) {
     const FakeQuantCall& call = *calls[i];
-    const int64_t blocks = layout_of(call).blocks;
+    const int64_t blocks = cpu_layout(call).blocks;
     if (call.d_scale != nullptr) add_up(call, blocks, call.scale_sums, call.d_scale);
     if (call.d_zero_point != nullptr) add_up(call, blocks, call.zero_point_sums, call.d_zero_point);
   }

@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> harmonious_iou_loss_backward(
     const std::optional<Tensor>& weight,  // [...]
     double alpha, double gamma, int64_t reduction, int64_t wanted) {
   LossBuilder b = prepare(pred, target, weight, alpha, gamma);
-  b.upstream(grad, reduction, std::nullopt);
+  b.upstream(grad, pred, reduction, std::nullopt);
   Tensor d_pred = b.wanted(wanted & kFirst, pred, b.call.d_pred);
   Tensor d_target = b.wanted(wanted & kSecond, target, b.call.d_target);
   b.backward(Loss::harmonious_iou, pred);

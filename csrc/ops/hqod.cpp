@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor> hqod_loss_backward(const Tensor& grad,    // 
                                                       int64_t wanted) {
   LossBuilder b = prepare(pred, target, scores, weight, logits, variant, alpha, gamma, hiou_weight,
                           tcorr_weight);
-  b.upstream(grad, reduction, avg_factor);
+  b.upstream(grad, pred, reduction, avg_factor);
   Tensor d_pred = b.wanted(wanted & kFirst, pred, b.call.d_pred);
   Tensor d_target = b.wanted(wanted & kSecond, target, b.call.d_target);
   Tensor d_scores = b.wanted(wanted & kThird, scores, b.call.d_scores);

@@ -65,11 +65,12 @@ Tensor LossBuilder::forward_and_backward(Loss loss, const Tensor& like, int64_t 
   return result;
 }
 
-void LossBuilder::upstream(const Tensor& grad, int64_t reduction,
+void LossBuilder::upstream(const Tensor& grad, const Tensor& like, int64_t reduction,
                            std::optional<double> avg_factor) {
   const ScalarType type = call.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0 (none), 1 or 2");
   STD_TORCH_CHECK(grad.scalar_type() == type, "grad: expected the dtype of the loss");
+  STD_TORCH_CHECK(grad.device() == like.device(), "grad: expected the device of the inputs");
   bool one_value = grad.numel() > 0;
   for (int64_t d = 0; d < grad.dim(); ++d) one_value &= grad.stride(d) == 0 || grad.size(d) == 1;
   const int64_t expected = reduction == static_cast<int64_t>(Reduction::kNone) ? call.count : 1;

@@ -33,7 +33,8 @@ class LossBuilder {
                               std::optional<double> avg_factor);
 
   // Sets the loss' own gradient. The kernel then fills what wanted() returned.
-  void upstream(const Tensor& grad, int64_t reduction, std::optional<double> avg_factor);
+  void upstream(const Tensor& grad, const Tensor& like, int64_t reduction,
+                std::optional<double> avg_factor);
   Tensor wanted(bool is_wanted, const Tensor& input, void*& data);
   void backward(Loss loss, const Tensor& like);
 

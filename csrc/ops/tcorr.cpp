@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> tcorr_loss_backward(const Tensor& grad,              
                                                bool logits, int64_t variant, int64_t reduction,
                                                int64_t wanted) {
   LossBuilder b = prepare(scores, ious, weight, logits, variant);
-  b.upstream(grad, reduction, std::nullopt);
+  b.upstream(grad, scores, reduction, std::nullopt);
   Tensor d_scores = b.wanted(wanted & kFirst, scores, b.call.d_scores);
   Tensor d_ious = b.wanted(wanted & kSecond, ious, b.call.d_ious);
   b.backward(Loss::tcorr, scores);

@@ -15,12 +15,12 @@ struct Want {
 };
 
 // One scale for the whole stretch.
-template <bool shared, bool clipped, typename T>
+template <Ratio ratio, bool clipped, typename T>
 HQOD_HD void forward_row(const T* __restrict x, T* __restrict y, int64_t n, QuantScale<T> s) {
-  for (int64_t i = 0; i < n; ++i) y[i] = fake_quant<shared, clipped>(x[i], s);
+  for (int64_t i = 0; i < n; ++i) y[i] = fake_quant<ratio, clipped>(x[i], s);
 }
 
-template <bool shared, typename W, typename T>
+template <Ratio ratio, typename W, typename T>
 HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __restrict dx,
                           int64_t n, QuantScale<T> s, T* __restrict sums_s, T* __restrict sums_z) {
   int64_t i = 0;
@@ -28,8 +28,7 @@ HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __re
     T lanes_s[kSumLanes] = {}, lanes_z[kSumLanes] = {};
     for (; i + kSumLanes <= n; i += kSumLanes) {
       for (int64_t lane = 0; lane < kSumLanes; ++lane) {
-        const FakeQuantGrad<T> g =
-            fake_quant_grad<shared, W::clipped>(x[i + lane], s, dy[i + lane]);
+        const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i + lane], s, dy[i + lane]);
         if constexpr (W::dx) dx[i + lane] = g.dx;
         if constexpr (W::ds) lanes_s[lane] += g.ds;
         if constexpr (W::dz) lanes_z[lane] += g.dz;
@@ -41,7 +40,7 @@ HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __re
     }
   }
   for (int64_t lane = 0; i < n; ++i, ++lane) {
-    const FakeQuantGrad<T> g = fake_quant_grad<shared, W::clipped>(x[i], s, dy[i]);
+    const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i], s, dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
     if constexpr (W::ds) sums_s[lane % kSumLanes] += g.ds;
     if constexpr (W::dz) sums_z[lane % kSumLanes] += g.dz;
@@ -83,21 +82,21 @@ struct TileScales {
 };
 
 // A scale for each element, from index first of the tile on, and a sum for each.
-template <bool shared, bool clipped, bool centred, typename T>
+template <Ratio ratio, bool clipped, bool centred, typename T>
 HQOD_HD void forward_tile(const T* __restrict x, T* __restrict y, int64_t n, const TileScales<T>& s,
                           int64_t first) {
   for (int64_t i = 0; i < n; ++i) {
-    y[i] = fake_quant<shared, clipped>(x[i], s.template at<centred>(first + i));
+    y[i] = fake_quant<ratio, clipped>(x[i], s.template at<centred>(first + i));
   }
 }
 
-template <bool shared, bool centred, typename W, typename T>
+template <Ratio ratio, bool centred, typename W, typename T>
 HQOD_HD void backward_tile(const T* __restrict x, const T* __restrict dy, T* __restrict dx,
                            int64_t n, const TileScales<T>& s, int64_t first, T* __restrict sums_s,
                            T* __restrict sums_z) {
   for (int64_t i = 0; i < n; ++i) {
     const QuantScale<T> scale = s.template at<centred>(first + i);
-    const FakeQuantGrad<T> g = fake_quant_grad<shared, W::clipped>(x[i], scale, dy[i]);
+    const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i], scale, dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
     if constexpr (W::ds) sums_s[first + i] += g.ds;
     if constexpr (W::dz) sums_z[first + i] += g.dz;
@@ -118,30 +117,31 @@ HQOD_HD int64_t stretch(Dtype dtype) {
 
 // Calls f(at, n, offset) for every stretch of a unit: at in memory, offset in the tile.
 template <typename F>
-HQOD_HD void for_stretches(const FakeQuantUnit& unit, int64_t numel, int64_t step, F&& f) {
+HQOD_HD void for_stretches(const FakeQuantLayout& layout, const FakeQuantUnit& unit, int64_t step,
+                           F&& f) {
   for (int64_t k = 0; k < unit.steps; ++k) {
-    const int64_t at = unit.start + k * unit.stride;
-    const int64_t width = numel - at < unit.width ? numel - at : unit.width;
+    const int64_t at = unit.start + k * layout.stride;
+    const int64_t width = layout.numel - at < unit.width ? layout.numel - at : unit.width;
     for (int64_t offset = 0; offset < width; offset += step) {
       f(at + offset, width - offset < step ? width - offset : step, offset);
     }
   }
 }
 
-template <bool shared, bool clipped, typename T>
+template <Ratio ratio, bool clipped, typename T>
 HQOD_HD void forward_unit(const FakeQuantCall& call, const FakeQuantLayout& layout,
                           const FakeQuantUnit& unit, const QuantScale<T>& row,
                           const TileScales<T>& tile, Stage<T>& stage) {
   const int64_t step = stretch(call.dtype);
-  for_stretches(unit, layout.numel, step, [&](int64_t at, int64_t n, int64_t offset) {
+  for_stretches(layout, unit, step, [&](int64_t at, int64_t n, int64_t offset) {
     const T* x = read(call.dtype, call.x, at, n, stage.x);
     T* y = write_target(call.dtype, call.y, at, stage.out);
     if (layout.rows) {
-      forward_row<shared, clipped>(x, y, n, row);
+      forward_row<ratio, clipped>(x, y, n, row);
     } else if (tile.centred) {
-      forward_tile<shared, clipped, true>(x, y, n, tile, offset);
+      forward_tile<ratio, clipped, true>(x, y, n, tile, offset);
     } else {
-      forward_tile<shared, clipped, false>(x, y, n, tile, offset);
+      forward_tile<ratio, clipped, false>(x, y, n, tile, offset);
     }
     if (y == stage.out) write(call.dtype, y, call.y, at, n);
   });
@@ -149,7 +149,7 @@ HQOD_HD void forward_unit(const FakeQuantCall& call, const FakeQuantLayout& layo
 
 template <typename T, bool clipped>
 void forward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
-  const FakeQuantLayout layout = layout_of(call);
+  const FakeQuantLayout layout = cpu_layout(call);
   Stage<T> stage;
   TileScales<T> tile;
   for (int64_t index = begin; index < end; ++index) {
@@ -157,17 +157,17 @@ void forward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
     const QuantScale<T> row = channel_scale<T>(call, unit.channel);
     if (!layout.rows) tile.fill(call, layout, unit);
     if (layout.rows ? quotient_works(row.scale) : tile.shared) {
-      forward_unit<true, clipped>(call, layout, unit, row, tile, stage);
+      forward_unit<Ratio::kInverse, clipped>(call, layout, unit, row, tile, stage);
     } else {
-      forward_unit<false, clipped>(call, layout, unit, row, tile, stage);
+      forward_unit<Ratio::kDivided, clipped>(call, layout, unit, row, tile, stage);
     }
   }
 }
 
 // Adds up a unit's sums, [kSumLanes] of one channel or one for each element of a tile, in order.
 template <typename T>
-void collect(const T* sums, const FakeQuantLayout& layout, const FakeQuantUnit& unit, double* out) {
-  double* row = out + unit.block * layout.channels;
+void collect(const T* sums, const FakeQuantLayout& layout, const FakeQuantUnit& unit, void* out) {
+  double* row = static_cast<double*>(out) + unit.block * layout.channels;
   if (layout.rows) {
     double total = 0;
     for (int64_t lane = 0; lane < kSumLanes; ++lane) total += sums[lane];
@@ -190,21 +190,21 @@ struct UnitSums {
   alignas(64) T scale[kTile], zero_point[kTile];
 };
 
-template <bool shared, typename W, typename T>
+template <Ratio ratio, typename W, typename T>
 HQOD_HD void backward_unit(const FakeQuantCall& call, const FakeQuantLayout& layout,
                            const FakeQuantUnit& unit, const QuantScale<T>& row,
                            const TileScales<T>& tile, Stage<T>& stage, UnitSums<T>& sums) {
   const int64_t step = stretch(call.dtype);
-  for_stretches(unit, layout.numel, step, [&](int64_t at, int64_t n, int64_t offset) {
+  for_stretches(layout, unit, step, [&](int64_t at, int64_t n, int64_t offset) {
     const T* x = read(call.dtype, call.x, at, n, stage.x);
     const T* dy = read(call.dtype, call.dy, at, n, stage.dy);
     T* dx = W::dx ? write_target(call.dtype, call.dx, at, stage.out) : nullptr;
     if (layout.rows) {
-      backward_row<shared, W>(x, dy, dx, n, row, sums.scale, sums.zero_point);
+      backward_row<ratio, W>(x, dy, dx, n, row, sums.scale, sums.zero_point);
     } else if (tile.centred) {
-      backward_tile<shared, true, W>(x, dy, dx, n, tile, offset, sums.scale, sums.zero_point);
+      backward_tile<ratio, true, W>(x, dy, dx, n, tile, offset, sums.scale, sums.zero_point);
     } else {
-      backward_tile<shared, false, W>(x, dy, dx, n, tile, offset, sums.scale, sums.zero_point);
+      backward_tile<ratio, false, W>(x, dy, dx, n, tile, offset, sums.scale, sums.zero_point);
     }
     if (W::dx && dx == stage.out) write(call.dtype, dx, call.dx, at, n);
   });
@@ -212,7 +212,7 @@ HQOD_HD void backward_unit(const FakeQuantCall& call, const FakeQuantLayout& lay
 
 template <typename T, typename W>
 void backward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
-  const FakeQuantLayout layout = layout_of(call);
+  const FakeQuantLayout layout = cpu_layout(call);
   Stage<T> stage;
   TileScales<T> tile;
   UnitSums<T> sums;
@@ -223,9 +223,9 @@ void backward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
     const int64_t used = layout.rows ? kSumLanes : unit.width;
     for (int64_t i = 0; i < used; ++i) sums.scale[i] = sums.zero_point[i] = T(0);
     if (layout.rows ? quotient_works(row.scale) : tile.shared) {
-      backward_unit<true, W>(call, layout, unit, row, tile, stage, sums);
+      backward_unit<Ratio::kInverse, W>(call, layout, unit, row, tile, stage, sums);
     } else {
-      backward_unit<false, W>(call, layout, unit, row, tile, stage, sums);
+      backward_unit<Ratio::kDivided, W>(call, layout, unit, row, tile, stage, sums);
     }
     if constexpr (W::ds) collect(sums.scale, layout, unit, call.scale_sums);
     if constexpr (W::dz) collect(sums.zero_point, layout, unit, call.zero_point_sums);

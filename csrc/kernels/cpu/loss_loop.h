@@ -68,8 +68,8 @@ HQOD_HD void load_inputs(const LossCall& call, int64_t start, int64_t n, Inputs&
   }
   if constexpr (Inputs::scores) {
     load_values(call.dtype, call.scores, start, n, in.score);
-    if (call.ious != nullptr) load_values(call.dtype, call.ious, start, n, in.iou);
   }
+  if constexpr (Inputs::ious) load_values(call.dtype, call.ious, start, n, in.iou);
 }
 
 template <bool target_grad, typename Inputs>
@@ -80,6 +80,8 @@ HQOD_HD void store_gradients(const LossCall& call, const Inputs& in, int64_t sta
   }
   if constexpr (Inputs::scores) {
     if (call.d_scores != nullptr) store_values(call.dtype, in.d_score, call.d_scores, start, n);
+  }
+  if constexpr (Inputs::ious) {
     if (call.d_ious != nullptr) store_values(call.dtype, in.d_iou, call.d_ious, start, n);
   }
 }

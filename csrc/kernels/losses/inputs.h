@@ -1,4 +1,4 @@
-// A block of n samples as the loss formulas see it: a pair of boxes and a pair of score and IoU.
+// A block of n samples as the loss formulas see it: pairs of boxes, scores, IoUs.
 // The CPU's loops hold 64 in arrays, a CUDA thread has one in registers.
 #pragma once
 
@@ -22,7 +22,7 @@ struct BoxBlock {
 
 template <typename T, int64_t n>
 struct BoxInputs {
-  static constexpr bool boxes = true, scores = false;
+  static constexpr bool boxes = true, scores = false, ious = false;
   BoxBlock<T, n> pred, target, d_pred, d_target;
 
   HQOD_HD Overlap<T> overlap(int64_t i) const { return box_overlap(pred[i], target[i]); }
@@ -37,14 +37,15 @@ struct BoxInputs {
 };
 
 template <typename T, int64_t n>
-struct ScoreInputs {
-  static constexpr bool boxes = false, scores = true;
+struct ScoreAndIouInputs {
+  static constexpr bool boxes = false, scores = true, ious = true;
   alignas(n > 1 ? 64 : alignof(T)) T score[n], iou[n], d_score[n], d_iou[n];
 };
 
 template <typename T, int64_t n>
-struct BoxAndScoreInputs : BoxInputs<T, n>, ScoreInputs<T, n> {
-  static constexpr bool boxes = true, scores = true;
+struct BoxAndScoreInputs : BoxInputs<T, n> {
+  static constexpr bool scores = true;
+  alignas(n > 1 ? 64 : alignof(T)) T score[n], d_score[n];
 };
 
 HQOD_MATH_END

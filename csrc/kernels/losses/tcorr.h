@@ -11,15 +11,15 @@ template <typename T, TCorrVariant variant, bool logits>
 struct TCorrLoss {
   using Type = T;
   template <int64_t n>
-  using Inputs = ScoreInputs<T, n>;
+  using Inputs = ScoreAndIouInputs<T, n>;
 
   template <int64_t n>
-  HQOD_HD T loss(const ScoreInputs<T, n>& in, int64_t i) const {
+  HQOD_HD T loss(const ScoreAndIouInputs<T, n>& in, int64_t i) const {
     return tcorr<T, variant, logits>(in.score[i], in.iou[i]).loss;
   }
 
   template <bool target_grad, int64_t n>
-  HQOD_HD T grad(ScoreInputs<T, n>& in, int64_t i, T g) const {
+  HQOD_HD T grad(ScoreAndIouInputs<T, n>& in, int64_t i, T g) const {
     const TCorr<T> t = tcorr<T, variant, logits>(in.score[i], in.iou[i]);
     in.d_score[i] = g * t.d_score;
     in.d_iou[i] = g * t.d_iou;

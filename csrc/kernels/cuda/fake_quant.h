@@ -1,0 +1,54 @@
+// The CUDA kernels of fake quantization, for host code. They run on a stream and throw
+// std::runtime_error.
+#pragma once
+
+#include <algorithm>
+
+#include "kernels/cuda/launch_types.h"
+#include "kernels/fake_quant_call.h"
+#include "math/fake_quant_layout.h"
+
+namespace hqod {
+
+// Steps of a tile that a block takes at once: a tile is then narrower, and one that has a channel
+// at every place leaves as many times fewer partial sums.
+inline int64_t cuda_steps_at_once(int64_t inner) { return inner == 1 ? 8 : inner <= 32 ? 4 : 1; }
+
+// Elements of an access: 16 bytes in a row; in a tile not more than four, each with its own scale.
+inline int64_t cuda_vector(const FakeQuantCall& call, bool rows) {
+  if (call.dtype == Dtype::kFloat64) return 2;
+  return call.dtype == Dtype::kFloat32 || !rows ? 4 : 8;
+}
+
+// A block works on one unit: four accesses a thread in a row; in a tile one access a thread at each
+// of as many steps as keep partial sums below a thirtieth of the tensor, and more where that leaves
+// work enough for the whole device.
+inline FakeQuantLayout cuda_layout(const FakeQuantCall& call) {
+  constexpr int64_t kThreads = 256, kEnoughUnits = 1024;
+  const int64_t size = call.dtype == Dtype::kFloat64 ? 8 : call.dtype == Dtype::kFloat32 ? 4 : 2;
+  const int64_t vector = cuda_vector(call, false), stretch = kThreads * vector;
+  const int64_t at_once = cuda_steps_at_once(call.inner);
+  FakeQuantTuning tuning{.unit = 4 * kThreads * cuda_vector(call, true),
+                         .tile = stretch / at_once,
+                         .tile_steps = 1,
+                         .row_min = stretch + 1,
+                         .vector = vector};
+  const FakeQuantLayout layout = fake_quant_layout(call.outer, call.channels, call.inner, tuning);
+  if (layout.numel == 0 || layout.rows) return layout;
+  const int64_t least = ceil_div(256, call.inner * size), most = std::max<int64_t>(least, 16);
+  const int64_t steps = std::clamp(layout.steps * layout.tiles / kEnoughUnits, least, most);
+  tuning.tile_steps = ceil_div(steps, 2 * at_once) * 2 * at_once;
+  return fake_quant_layout(call.outer, call.channels, call.inner, tuning);
+}
+
+// Partial sums that a backward call needs for each of d_scale and d_zero_point: floats, or doubles
+// for a double x.
+inline int64_t cuda_fake_quant_sums(const FakeQuantCall& call) {
+  const int64_t blocks = cuda_layout(call).blocks;
+  return blocks == 1 ? 0 : blocks * call.channels;
+}
+
+// All calls in one launch, per dtype and 96 of them; backward one more for the partial sums.
+void cuda_fake_quant(FakeQuantCall* const* calls, int64_t count, bool backward, Stream stream);
+
+}  // namespace hqod

@@ -1,0 +1,240 @@
+#!/usr/bin/env python3
+"""What the CUDA kernels need of a device, read from the machine code of the library.
+
+For every kernel and architecture: registers, shared memory, local memory (stack and spills), the
+16-byte loads and stores, and how many 16-byte loads are under way before the first of their results
+is used. It fails where a kernel uses local memory, or where one that is bound by memory lacks its
+wide accesses. It needs cuobjdump, of the CUDA toolkit or of the triton package, and no GPU.
+
+    python scripts/cuda_report.py                   check, and print a table
+    python scripts/cuda_report.py --json FILE       write what was found, too
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+LIBRARY = Path(__file__).resolve().parent.parent / "hqod_ops" / "lib" / "libhqod_ops_cuda.so"
+_WIDE = re.compile(r"(LDG|STG)\.E(?:\.[A-Z0-9_]+)*\.128\b")
+_REGISTER = re.compile(r"\bR(\d+)(\.64)?\b")
+
+
+@dataclass
+class Kernel:
+    """One kernel on one architecture."""
+
+    name: str
+    arch: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    local_bytes: int
+    wide_loads: int = 0
+    wide_stores: int = 0
+    loads_under_way: int = 0
+
+
+def find_cuobjdump() -> str:
+    """The tool's path.
+
+    Raises:
+        FileNotFoundError: neither the toolkit nor triton has it.
+    """
+    found = shutil.which("cuobjdump")
+    if found:
+        return found
+    spec = importlib.util.find_spec("triton")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        candidate = Path(place) / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if candidate.exists():
+            return str(candidate)
+    raise FileNotFoundError("cuobjdump: install the CUDA toolkit, or pip install triton")
+
+
+def _dump(tool: str, library: Path, what: str) -> str:
+    environment = os.environ | {"PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}  # nvdisasm
+    text = subprocess.run(
+        [tool, what, str(library)], check=True, capture_output=True, text=True, env=environment
+    ).stdout
+    return subprocess.run(
+        ["c++filt"], input=text, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _short(function: str) -> str:
+    """FakeQuantKernel<Half, true, 1> from the whole signature."""
+    name = re.sub(r"^void hqod::run_kernel<(.*?) ?>\(.*$", r"\1", function.strip())
+    return re.sub(r"hqod::cuda::|hqod::", "", name)
+
+
+def _resources(text: str) -> dict[tuple[str, str], Kernel]:
+    kernels, arch, name = {}, "", ""
+    for line in text.splitlines():
+        if found := re.match(r"arch = (\S+)", line.strip()):
+            arch = found[1]
+        elif found := re.match(r"Function (.*):$", line.strip()):
+            name = _short(found[1])
+        elif "REG:" in line and name:
+            use = {key: int(value) for key, value in re.findall(r"([A-Z]+):(\d+)", line)}
+            kernels[arch, name] = Kernel(
+                name, arch, use["REG"], use["SHARED"], use["STACK"], use["LOCAL"]
+            )
+    return kernels
+
+
+def _loads_under_way(code: list[tuple[int, str]]) -> int:
+    """The most 16-byte loads of one path whose results no instruction has read yet.
+
+    Where paths meet, the one with more loads goes on; loops are not followed back.
+    """
+    waiting: dict[int, dict[int, int]] = {}  # address of a branch target: what is under way there
+    pending: dict[int, int] | None = {}  # register: the load that it waits for; None: unreachable
+    most = 0
+
+    def count(state: dict[int, int] | None) -> int:
+        return -1 if state is None else len(set(state.values()))
+
+    for address, line in code:
+        if count(waiting.get(address)) > count(pending):
+            pending = waiting[address]
+        if pending is None:
+            continue
+        always = not line.startswith("@")
+        mnemonic, _, operands = re.sub(r"^@!?U?P\w+ ", "", line).partition(" ")
+        if target := re.search(r"0x([0-9a-f]+)$", operands) if mnemonic == "BRA" else None:
+            goal = int(target[1], 16)
+            if goal > address and count(pending) > count(waiting.get(goal)):
+                waiting[goal] = dict(pending)
+        if mnemonic in ("BRA", "EXIT", "RET") and always and "P" not in operands:
+            pending = None
+            continue
+        parts = operands.split(",")
+        stores = mnemonic.startswith(("ST", "RED"))
+        for register, pair in _REGISTER.findall(operands if stores else ",".join(parts[1:])):
+            for one in (int(register), int(register) + 1) if pair else (int(register),):
+                if one in pending:
+                    load = pending[one]
+                    pending = {r: n for r, n in pending.items() if n != load}
+        if _WIDE.match(mnemonic) and not stores:
+            first = int(_REGISTER.search(parts[0])[1])
+            pending |= {first + i: address for i in range(4)}
+            most = max(most, count(pending))
+    return most
+
+
+def _read_code(text: str, kernels: dict[tuple[str, str], Kernel]) -> None:
+    arch, kernel, code = "", None, []
+
+    def finish() -> None:
+        if kernel is None:
+            return
+        wide = [found[1] for _, line in code if (found := _WIDE.search(line))]
+        kernel.wide_loads, kernel.wide_stores = wide.count("LDG"), wide.count("STG")
+        kernel.loads_under_way = _loads_under_way(code)
+
+    for line in text.splitlines():
+        if found := re.match(r"arch = (\S+)", line.strip()):
+            arch = found[1]
+        elif found := re.match(r"Function : (.*)$", line.strip()):
+            finish()
+            kernel, code = kernels.get((arch, _short(found[1]))), []
+        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*(?:&.*|\?.*)?;", line):
+            code.append((int(found[1], 16), re.sub(r"\s+", " ", found[2])))
+    finish()
+
+
+def problems(kernel: Kernel) -> list[str]:
+    """What a kernel does not keep to."""
+    found = []
+    where = f"{kernel.name} on {kernel.arch}"
+    if kernel.stack_bytes or kernel.local_bytes:
+        found.append(f"{where}: {kernel.stack_bytes + kernel.local_bytes} bytes of local memory")
+    least = 2  # several loads before the first use of one, stores as wide
+    if kernel.name.startswith("FakeQuantKernel"):
+        if kernel.loads_under_way < least:
+            found.append(f"{where}: {kernel.loads_under_way} wide loads under way, not {least}")
+        if kernel.wide_stores < least:
+            found.append(f"{where}: {kernel.wide_stores} wide stores, not {least}")
+    boxes = re.match(r"LossKernel<(BoxIoU|HarmoniousIoU|Hqod)Loss<float", kernel.name)
+    if boxes and kernel.loads_under_way < least:
+        found.append(f"{where}: {kernel.loads_under_way} boxes under way, not {least}")
+    return found
+
+
+def report(library: Path) -> list[Kernel]:
+    """All kernels of a library, by name and architecture."""
+    tool = find_cuobjdump()
+    kernels = _resources(_dump(tool, library, "-res-usage"))
+    _read_code(_dump(tool, library, "-sass"), kernels)
+    return sorted(
+        kernels.values(), key=lambda kernel: (kernel.name, int(kernel.arch.partition("_")[2]))
+    )
+
+
+def table(kernels: list[Kernel]) -> str:
+    """A line for each kernel: its range over the architectures."""
+    head = (
+        "| kernel | registers | shared bytes | local bytes | 16-byte loads | under way | stores |"
+    )
+    lines = [head, "| --- |" + " ---: |" * 6]
+    for name in dict.fromkeys(kernel.name for kernel in kernels):
+        same = [kernel for kernel in kernels if kernel.name == name]
+
+        def span(field: str, same: list[Kernel] = same) -> str:
+            values = [getattr(kernel, field) for kernel in same]
+            low, high = min(values), max(values)
+            return str(low) if low == high else f"{low} to {high}"
+
+        shown = ("registers", "shared_bytes", "local_bytes", "wide_loads", "loads_under_way")
+        lines.append(f"| {name} | " + " | ".join(map(span, (*shown, "wide_stores"))) + " |")
+    return "\n".join(lines)
+
+
+def as_json(kernels: list[Kernel]) -> str:
+    """A line for each kernel and architecture."""
+    columns = [field.name for field in fields(Kernel)]
+    rows = ",\n".join(f"  {json.dumps(list(astuple(kernel)))}" for kernel in kernels)
+    return f'{{\n "columns": {json.dumps(columns)},\n "kernels": [\n{rows}\n ]\n}}\n'
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("library", nargs="?", type=Path, default=LIBRARY)
+    parser.add_argument("--json", type=Path, help="write the findings to this file")
+    parser.add_argument("--arch", nargs="+", help="fail unless these, and no others, are there")
+    options = parser.parse_args()
+    if not options.library.exists():
+        print(f"error: {options.library} does not exist: build with nvcc at hand", file=sys.stderr)
+        return 2
+    try:
+        kernels = report(options.library)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(kernels))
+    found = [problem for kernel in kernels for problem in problems(kernel)]
+    archs = sorted({kernel.arch for kernel in kernels})
+    if not kernels:
+        found.append("no kernel found")
+    if options.arch and sorted(options.arch) != archs:
+        found.append(f"architectures: expected {sorted(options.arch)}, got {archs}")
+    if options.json:
+        options.json.write_text(as_json(kernels))
+    for problem in found:
+        print(f"error: {problem}", file=sys.stderr)
+    print(f"{len(kernels)} kernels for {', '.join(archs)}: {len(found)} problems")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
