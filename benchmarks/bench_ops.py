@@ -5,6 +5,7 @@
     python benchmarks/bench_ops.py --quick                # a few entries, under a minute
     python benchmarks/bench_ops.py --filter 'hqod_loss.*FB' --threads 1
     python benchmarks/bench_ops.py --compare benchmarks/results/OLD.json
+    python benchmarks/bench_ops.py --device cuda          # the same on a GPU
 
 What the columns mean: benchmarks/README.md.
 """
@@ -22,8 +23,9 @@ from typing import Any
 # Last, so that an installed hqod_ops goes before the one in the tree.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import machine, tables
-from bench.compare import differences, regressions
+import torch
+from bench import gpu, machine, tables
+from bench.compare import SAME, differences, key, regressions
 from bench.entry import Entry
 from bench.measure import FULL, QUICK, DisagreementError, measure
 from bench.progress import progress
@@ -35,6 +37,10 @@ PARTIAL_RESULTS = ROOT / "runs" / "bench"
 """Where --quick, --filter, --no-compile and --cpu-time write, which do not tell the whole story."""
 
 
+class UpdateError(RuntimeError):
+    """The earlier result says nothing of this device and code."""
+
+
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], epilog="See benchmarks/README.md."
@@ -43,6 +49,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--filter", metavar="REGEX", type=_regex, help="entries to run, such as 'hqod_loss.*FB'"
     )
     parser.add_argument("--quick", action="store_true", help="a few entries and rounds")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--list", action="store_true", help="print the entries and end")
     parser.add_argument(
         "--threads", metavar="N", type=_count, nargs="+", help="default: 1 2, with --quick 1"
@@ -59,6 +66,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compare", metavar="OLD.json", type=_result, help="show what got slower")
     parser.add_argument("--output", metavar="PATH", type=Path, help="the result file to write")
     parser.add_argument(
+        "--update",
+        action="store_true",
+        help="keep what the result file holds besides, if it is of the same device and code",
+    )
+    parser.add_argument(
         "--markdown",
         metavar="RESULT.json",
         nargs="?",
@@ -67,6 +79,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         help="print Markdown; with a result file, its tables alone, and measure nothing",
     )
     args = parser.parse_args(argv)
+    if args.device == "cuda":
+        if args.threads is not None or args.warm_malloc or args.cpu_time:
+            parser.error("--device cuda: --threads, --warm-malloc and --cpu-time are of the CPU")
+        if not torch.cuda.is_available():
+            parser.error("--device cuda: torch finds no CUDA device")
     if args.threads is None:
         args.threads = [1] if args.quick or args.cpu_time else [1, 2]
     if args.cpu_time and args.threads != [1]:
@@ -101,7 +118,7 @@ def _result(text: str) -> dict[str, Any]:
 
 def _selected(args: argparse.Namespace) -> list[tuple[Entry, list[str]]]:
     chosen = []
-    for entry in all_entries():
+    for entry in all_entries(args.device):
         phases = [
             phase
             for phase in entry.phases
@@ -112,13 +129,18 @@ def _selected(args: argparse.Namespace) -> list[tuple[Entry, list[str]]]:
     return chosen
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure what the arguments select."""
+def _machine(args: argparse.Namespace) -> dict[str, object]:
+    if args.device == "cuda":
+        return machine.describe("cuda")
+    return {**machine.describe(), "clock": "cpu" if args.cpu_time else "wall"}
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure what the arguments select, on the CPU."""
     selected = _selected(args)
     effort = QUICK if args.quick else FULL
     clock = time.thread_time_ns if args.cpu_time else time.perf_counter_ns
-    described = {**machine.describe(), "clock": "cpu" if args.cpu_time else "wall"}
-    result: dict[str, Any] = {"machine": described, "blocks": []}
+    blocks = []
     total = sum(len(phases) for _, phases in selected) * len(args.threads)
     with progress(total) as step:
         for entry, phases in selected:
@@ -136,8 +158,42 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                         with_compile=not args.no_compile,
                         with_memory=count == args.threads[0],
                     )
-                    result["blocks"].append(block)
-    return result
+                    blocks.append(block)
+    return blocks
+
+
+def run_on_gpu(args: argparse.Namespace, device: gpu.Gpu) -> list[dict[str, Any]]:
+    """Measure what the arguments select, on a GPU."""
+    selected = _selected(args)
+    effort = gpu.QUICK if args.quick else gpu.FULL
+    blocks = []
+    with progress(sum(len(phases) for _, phases in selected)) as step:
+        for entry, phases in selected:
+            sets = gpu.copies(entry.setup(), device.device, device.cache_bytes)
+            made = None
+            if entry.compiled is not None and not args.no_compile and phases != ["F"]:
+                with device.working():
+                    made = gpu.compiled(entry.compiled, sets[0])
+            for phase in phases:
+                step(f"{entry.name} {phase}")
+                blocks += gpu.measure(entry, phase, sets, device, effort, made)
+    return blocks
+
+
+def _earlier(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
+    """The blocks of an earlier result of the same device and code.
+
+    Raises:
+        UpdateError: it was measured under other conditions.
+    """
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text(encoding="utf-8"))
+    apart = differences(old, {"machine": now}, (*SAME, "commit"))
+    if apart:
+        raise UpdateError(f"--update: {path} was measured under other conditions: {apart[0]}")
+    blocks: list[dict[str, Any]] = old["blocks"]
+    return blocks
 
 
 def _show(result: dict[str, Any], as_markdown: bool) -> None:
@@ -182,15 +238,20 @@ def main(argv: list[str] | None = None) -> int:
     if not _selected(args):
         print("error: no entry fits --filter; see --list for their names", file=sys.stderr)
         return 2
-    try:
-        result = run(args)
-    except DisagreementError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    _show(result, as_markdown=args.markdown is not None)
+    described = _machine(args)
     partial = args.quick or args.filter or args.no_compile or args.cpu_time
     folder = PARTIAL_RESULTS if partial else RESULTS
-    path = args.output or folder / machine.file_name(result["machine"])
+    path = args.output or folder / machine.file_name(described)
+    try:
+        earlier = _earlier(path, described) if args.update else []
+        blocks = run_on_gpu(args, gpu.Gpu()) if args.device == "cuda" else run(args)
+    except (UpdateError, DisagreementError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    measured = {key(block) for block in blocks}
+    blocks = [block for block in earlier if key(block) not in measured] + blocks
+    result: dict[str, Any] = {"machine": described, "blocks": blocks}
+    _show(result, as_markdown=args.markdown is not None)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")

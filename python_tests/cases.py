@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import hqod_ops
 from hqod_ops import reference
+from python_tests.device import DEVICE
 
 Size = tuple[Any, ...]
 """(N,) for the losses, the shape of x for fake_quant, a tuple of shapes for fake_quant_foreach."""
@@ -53,7 +54,7 @@ class OpCase:
     reference: Callable[..., Any]
     """Its twin in :mod:`hqod_ops.reference`: the oracle when it is given float64 inputs."""
     maker: Callable[..., Inputs]
-    """``maker(variant, size, dtype, layout, generator)``: see :meth:`make`."""
+    """``maker(variant, size, dtype, generator)``: contiguous inputs on the CPU."""
     differentiable: tuple[str, ...]
     """Inputs with a gradient (optional ones only where the variant has them)."""
     variants: tuple[Variant, ...]
@@ -79,18 +80,25 @@ class OpCase:
         layout: str = "contiguous",
         *,
         requires_grad: bool = True,
-        device: str = "cpu",
+        device: torch.device | str = DEVICE,
         seed: int = 0,
     ) -> Inputs:
-        """Inputs of one call, the same for every run; values in the range of a training step."""
+        """Inputs of one call, the same for every run; values in the range of a training step.
+
+        The layout is that of x and xs, for a loss that of all inputs.
+        """
         generator = torch.Generator().manual_seed(seed)
-        inputs = self.maker(variant, size, dtype, layout, generator)
 
-        def place(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(device)
-            return tensor.requires_grad_(requires_grad and tensor.is_floating_point())
+        def place(name: str, x: Tensor) -> Tensor:
+            x = x.to(device)
+            if self.is_loss or name in ("x", "xs"):
+                x = lay_out(x, layout)
+            return x.requires_grad_(requires_grad and x.is_floating_point())
 
-        return map_tensors(place, inputs)
+        return {
+            name: [place(name, x) for x in value] if isinstance(value, list) else place(name, value)
+            for name, value in self.maker(variant, size, dtype, generator).items()
+        }
 
     def call(self, inputs: Inputs, variant: Variant) -> Any:
         """The op under test."""
@@ -129,7 +137,7 @@ def differentiable(case: OpCase, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def lay_out(x: Tensor, layout: str) -> Tensor:
-    """The values of x in another memory layout.
+    """The values of x in another memory layout, on its device.
 
     Dense ones: "contiguous", "channels_last" (the axis 1 innermost, any rank), "permuted" (the
     reverse order of axes). Others: "sliced" (every second element of the last axis and of the
@@ -174,7 +182,7 @@ def make_boxes(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _loss_inputs(
-    variant: Variant, size: Size, dtype: torch.dtype, layout: str, generator: torch.Generator
+    variant: Variant, size: Size, dtype: torch.dtype, generator: torch.Generator
 ) -> Inputs:
     (n,) = size
     pred, target = make_boxes(n, generator)
@@ -184,7 +192,7 @@ def _loss_inputs(
     inputs = {"pred": pred, "target": target, "scores": scores}
     if "weight" in variant.optional:
         inputs["weight"] = uniform((n,), 0.1, 2, generator)
-    inputs = {name: lay_out(value.to(dtype), layout) for name, value in inputs.items()}
+    inputs = {name: value.to(dtype) for name, value in inputs.items()}
     if "avg_factor" in variant.optional:
         loss_dtype = torch.float32 if dtype in HALF else dtype
         inputs["avg_factor"] = torch.tensor(max(n, 1) / 3, dtype=loss_dtype)
@@ -202,10 +210,10 @@ def _hiou_inputs(*args: Any) -> Inputs:
 
 
 def _tcorr_inputs(
-    variant: Variant, size: Size, dtype: torch.dtype, layout: str, generator: torch.Generator
+    variant: Variant, size: Size, dtype: torch.dtype, generator: torch.Generator
 ) -> Inputs:
-    inputs = _loss_inputs(variant, size, dtype, layout, generator)
-    ious = lay_out(uniform(size, 0.01, 0.99, generator).to(dtype), layout)
+    inputs = _loss_inputs(variant, size, dtype, generator)
+    ious = uniform(size, 0.01, 0.99, generator).to(dtype)
     inputs = {"scores": inputs["scores"], "ious": ious, "weight": inputs.get("weight")}
     return {name: value for name, value in inputs.items() if value is not None}
 
@@ -214,7 +222,6 @@ def quant_inputs(
     variant: Variant,
     shape: Size,
     dtype: torch.dtype,
-    layout: str,
     generator: torch.Generator,
     quant_min: int,
     quant_max: int,
@@ -239,7 +246,7 @@ def quant_inputs(
     scale_dtype = torch.float32 if "float_scale" in variant.optional and dtype in HALF else dtype
     shape_of_scale = (1,) if axis is not None else ()
     inputs = {
-        "x": lay_out(x.to(dtype), layout),
+        "x": x.to(dtype),
         "scale": scale.to(scale_dtype) if shape_of_scale else scale.to(scale_dtype).reshape(()),
     }
     if "zero_point" in variant.optional:
@@ -250,14 +257,14 @@ def quant_inputs(
 
 
 def _fake_quant_inputs(
-    variant: Variant, size: Size, dtype: torch.dtype, layout: str, generator: torch.Generator
+    variant: Variant, size: Size, dtype: torch.dtype, generator: torch.Generator
 ) -> Inputs:
     low, high = variant.kwargs["quant_min"], variant.kwargs["quant_max"]
-    return quant_inputs(variant, size, dtype, layout, generator, low, high)
+    return quant_inputs(variant, size, dtype, generator, low, high)
 
 
 def _foreach_inputs(
-    variant: Variant, size: Size, dtype: torch.dtype, layout: str, generator: torch.Generator
+    variant: Variant, size: Size, dtype: torch.dtype, generator: torch.Generator
 ) -> Inputs:
     inputs: Inputs = {"xs": [], "scales": []}
     for i, shape in enumerate(size):
@@ -265,7 +272,7 @@ def _foreach_inputs(
             bound if isinstance(bound, int) else bound[i]
             for bound in (variant.kwargs["quant_min"], variant.kwargs["quant_max"])
         )
-        one = quant_inputs(variant, shape, dtype, layout, generator, low, high)
+        one = quant_inputs(variant, shape, dtype, generator, low, high)
         for name, value in one.items():
             inputs.setdefault(f"{name}s", []).append(value)
     return inputs
@@ -323,6 +330,15 @@ _QUANT_VARIANTS = (
         ("zero_point", "float_scale"),
     ),
     Variant("per_channel_last_2bit", {"quant_min": -2, "quant_max": 1, "ch_axis": -1}),
+)
+# Of fake_quant alone: an activation in front of it.
+_ACTIVATION_VARIANTS = (
+    Variant("per_tensor_relu", {**_A4, "grad_scale": "lsq", "activation": "relu"}),
+    Variant(
+        "per_channel_axis0_relu6",
+        {"quant_min": -20, "quant_max": 80, "ch_axis": 0, "activation": "relu6"},
+        ("zero_point", "float_scale"),
+    ),
 )
 
 CASES: dict[str, OpCase] = {
@@ -418,7 +434,7 @@ CASES: dict[str, OpCase] = {
             reference=reference.fake_quant,
             maker=_fake_quant_inputs,
             differentiable=("x", "scale", "zero_point"),
-            variants=_QUANT_VARIANTS,
+            variants=(*_QUANT_VARIANTS, *_ACTIVATION_VARIANTS),
             sizes=QUANT_SIZES,
             layouts=QUANT_LAYOUTS,
             module=None,

@@ -1,8 +1,12 @@
-"""What a test needs beyond the core, and the state that every test finds.
+"""What a test needs beyond the core, where it runs, and the state that every test finds.
 
-``@pytest.mark.require("ext", "torchvision", ...)`` names what a test needs: ``ext`` (the native
-ops), ``cuda`` (a GPU) or an importable module. Where it is missing the test is deselected and the
-head of the report says so; where ``HQOD_REQUIRE=ext,torchvision`` names it, that is an error.
+``@pytest.mark.require("ext", "torchvision", ...)`` names what a test needs: a name of
+:data:`AVAILABLE` or an importable module. Where it is missing the test is deselected and the head
+of the report says so; where ``HQOD_REQUIRE=ext,torchvision`` names it, that is an error.
+
+``HQOD_TEST_DEVICE=cuda`` runs the op tests on the GPU: see :mod:`python_tests.device`. What is
+about the CPU kernels themselves has ``@pytest.mark.cpu_kernels`` and is deselected there, and where
+the kernels of the GPU are emulated on the CPU (``HQOD_EMULATED=1``).
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import pytest
 import torch
 
 import hqod_ops
+from python_tests.device import DEVICE, cpu_kernels, emulated
 
 hypothesis.settings.register_profile(
     "hqod", derandomize=True, deadline=None, max_examples=60, database=None
@@ -23,14 +28,35 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "hqod"))
 
 
+def _ext() -> bool:
+    # Without a library and without a wish for the reference, the tests must fail, not vanish.
+    return os.environ.get("HQOD_BACKEND", "native") != "reference"
+
+
+def _cuda() -> bool:
+    """A GPU, and the library for it: a build without CUDA is a sound one on any machine."""
+    loaded = not hqod_ops.build_info()["cuda library"].startswith("not loaded")
+    return torch.cuda.is_available() and loaded
+
+
+def _free_gpu_memory() -> float:
+    """In GiB."""
+    return torch.cuda.mem_get_info()[0] / 2**30 if _cuda() else 0.0
+
+
+AVAILABLE = {
+    "ext": _ext,  # the native ops
+    "cuda": _cuda,
+    "two_gpus": lambda: _cuda() and torch.cuda.device_count() > 1,
+    "gpu_24gb": lambda: _free_gpu_memory() >= 24,
+}
+"""What tests ask for with ``require``, besides importable modules."""
+
+
 def available(name: str) -> bool:
     """Whether what a test asks for with ``require`` is here."""
-    if name == "ext":
-        # Without a library and without a wish for the reference, the tests must fail, not vanish.
-        return os.environ.get("HQOD_BACKEND", "native") != "reference"
-    if name == "cuda":
-        return torch.cuda.is_available()
-    return importlib.util.find_spec(name) is not None
+    known = AVAILABLE.get(name)
+    return importlib.util.find_spec(name) is not None if known is None else known()
 
 
 def _required() -> list[str]:
@@ -38,21 +64,39 @@ def _required() -> list[str]:
     return [name.strip() for name in names if name.strip()]
 
 
+def _why_no_cuda() -> str:
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    return f"libhqod_ops_cuda.so is {hqod_ops.build_info()['cuda library']}"
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "require(*names): deselect the test where one is missing")
-    config.addinivalue_line("markers", "numeric: compares numbers; repeated under every CPU ISA")
+    for line in (
+        "require(*names): deselect the test where one is missing",
+        "numeric: compares numbers; repeated under every CPU ISA",
+        "cpu_kernels: about the CPU kernels; deselected on a device and where those are emulated",
+        "sanitizer: small inputs through every kernel, for compute-sanitizer",
+    ):
+        config.addinivalue_line("markers", line)
     missing = [name for name in _required() if not available(name)]
     if missing:
-        raise pytest.UsageError(f"HQOD_REQUIRE: {', '.join(missing)} must be here, but is missing")
+        reason = f" ({_why_no_cuda()})" if "cuda" in missing else ""
+        raise pytest.UsageError(
+            f"HQOD_REQUIRE: {', '.join(missing)} must be here, but is missing{reason}"
+        )
+    if DEVICE.type == "cuda" and not (_cuda() or (torch.cuda.is_available() and not _ext())):
+        raise pytest.UsageError(f"HQOD_TEST_DEVICE: expected a GPU, but {_why_no_cuda()}")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     names = {n for item in items for mark in item.iter_markers("require") for n in mark.args}
     missing = {name for name in names if not available(name)}
+    cpu = cpu_kernels()
     dropped = [
         item
         for item in items
         if any(missing & set(mark.args) for mark in item.iter_markers("require"))
+        or (not cpu and item.get_closest_marker("cpu_kernels"))
     ]
     if dropped:
         config.hook.pytest_deselected(items=dropped)
@@ -64,7 +108,11 @@ _MISSING = pytest.StashKey[list[str]]()
 
 
 def pytest_report_header() -> list[str]:
-    return [f"{name}: {value}" for name, value in hqod_ops.build_info().items()]
+    kernels = ", the kernels of the GPU emulated" if emulated() else ""
+    return [
+        *(f"{name}: {value}" for name, value in hqod_ops.build_info().items()),
+        f"op tests on: {DEVICE}{kernels}",
+    ]
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:

@@ -1,4 +1,7 @@
-"""How results are judged: the reference in float64, and errors as norms, not element by element."""
+"""How results are judged: the reference in float64, and errors as norms, not element by element.
+
+The reference runs on the CPU, and results of any device are judged there.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,8 @@ TOLERANCES = {
     # 1 - iou, exp(-C) - exp(-1) and (q - z - x/s) each lose a few bits, and a batch of one sample
     # may sit beside a zero of TCorr's derivative. A wrong formula is off by far more.
     torch.float64: Tolerance(1e-13, 1e-14, 1e-300),
+    # A GPU evaluates the same formulas: fused multiply-adds and the order of sums differ, which is
+    # less than what the cancellation above costs.
     torch.float32: Tolerance(2e-6, 1e-6, 1e-37),
     # Computed in float32; what is stored in half precision is rounded once, by at most half an ulp
     # (2**-8 and 2**-11 of the value), and roundings average out. A second rounding would show.
@@ -64,7 +69,9 @@ def upstream_for(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     """Random upstream gradients: an op may be followed by anything."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.rand(y.shape, generator=generator, dtype=torch.float64) * 3 - 1).to(y.dtype)
+        (torch.rand(y.shape, generator=generator, dtype=torch.float64) * 3 - 1).to(
+            y.device, y.dtype
+        )
         for y in outputs
     ]
 
@@ -72,18 +79,18 @@ def upstream_for(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
 def oracle(
     case: OpCase, inputs: Inputs, variant: Variant, upstream: Sequence[Tensor]
 ) -> tuple[list[Tensor], Grads]:
-    """The reference in float64, on the values that the op was given."""
+    """The reference in float64 on the CPU, on the values that the op was given."""
 
     def widen(x: Tensor) -> Tensor:
         if not x.is_floating_point():
-            return x
-        return x.detach().double().requires_grad_(x.requires_grad)
+            return x.cpu()
+        return x.detach().cpu().double().requires_grad_(x.requires_grad)
 
     wide = map_tensors(widen, inputs)
     outputs = as_list(case.call_reference(wide, variant))
     leaves = differentiable(case, wide)
     grads = torch.autograd.grad(
-        outputs, list(leaves.values()), [g.double() for g in upstream], allow_unused=False
+        outputs, list(leaves.values()), [g.cpu().double() for g in upstream], allow_unused=False
     )
     return [y.detach() for y in outputs], dict(zip(leaves, grads, strict=True))
 
@@ -102,7 +109,7 @@ def assert_close(
     """
     assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
     tolerance = TOLERANCES[actual.dtype]
-    got, want = actual.double(), expected.double()
+    got, want = actual.cpu().double(), expected.cpu().double()
     assert torch.equal(got.isfinite(), want.isfinite()), f"{what}: not finite where it should be"
     if got.numel() == 0:
         return
@@ -126,7 +133,12 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str) -> None:
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} is not {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: {actual.shape} is not {expected.shape}"
     torch.testing.assert_close(
-        actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}"
+        actual.cpu(),
+        expected.cpu(),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
+        msg=lambda text: f"{what}: {text}",
     )
 
 
@@ -170,7 +182,7 @@ def _sizes_of_sums(
     for i, (y, dy) in enumerate(zip(ys, upstream, strict=True)):
         many = "xs" in inputs
         x, s = (inputs["xs"][i], inputs["scales"][i]) if many else (inputs["x"], inputs["scale"])
-        x, s, dy = x.detach().double(), s.detach().double(), dy.double()
+        x, s, dy = (v.detach().cpu().double() for v in (x, s, dy))
         axis = variant.kwargs.get("ch_axis")
         if axis is not None:
             shape = [1] * x.dim()

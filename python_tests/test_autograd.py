@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import hqod_ops
 from hqod_ops import FakeQuant, HarmoniousIoULoss, HQODLoss, TCorrLoss
 from python_tests.cases import CASES, DTYPES, HALF, OpCase, Variant, differentiable, leaves
+from python_tests.device import DEVICE
 from python_tests.oracle import (
     as_list,
     assert_close,
@@ -88,6 +89,7 @@ def test_second_derivative_is_refused(case: OpCase) -> None:
 
 
 @native
+@pytest.mark.cpu_kernels
 @every_case
 def test_same_bits_for_any_number_of_threads(case: OpCase) -> None:
     for dtype in DTYPES:
@@ -106,6 +108,12 @@ def test_same_bits_for_any_number_of_threads(case: OpCase) -> None:
 
 def peak_bytes(function: Any) -> int:
     """The most memory that a call holds at any moment beyond what was there before."""
+    if DEVICE.type == "cuda":
+        function()  # what a first call sets up is not counted
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        function()
+        return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
     activity = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity], profile_memory=True) as profile:
         result = function()
@@ -123,10 +131,12 @@ def peak_bytes(function: Any) -> int:
 def test_memory_of_fake_quant() -> None:
     """Forward and backward hold y and dx beside x: no full-size temporary, in any dense layout."""
     case = CASES["fake_quant"]
+    # The partial sums of a GPU's blocks have a size of their own, whatever that of x is.
+    shape = (16, 64, 32, 32) if DEVICE.type == "cpu" else (64, 64, 64, 64)
     for layout in ("contiguous", "channels_last", "permuted"):
         for name in ("per_tensor", "per_channel_axis0_zero_point", "per_channel_last_zero_point"):
             variant = case.variant(name)
-            inputs = case.make(variant, (16, 64, 32, 32), layout=layout)
+            inputs = case.make(variant, shape, layout=layout)
             size = inputs["x"].nbytes
             with torch.no_grad():
                 forward = peak_bytes(lambda: case.call(inputs, variant))  # noqa: B023
@@ -193,7 +203,7 @@ def net_gradients(net: nn.Module, **options: Any) -> list[Tensor]:
 
 def test_modules_survive_copies() -> None:
     """deepcopy and pickle give a module with the same options and parameters."""
-    net = _Net()
+    net = _Net().to(DEVICE)
     expected = net_gradients(net)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert repr(twin) == repr(net)
@@ -203,7 +213,7 @@ def test_modules_survive_copies() -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(use_reentrant: bool) -> None:
-    net = _Net()
+    net = _Net().to(DEVICE)
     expected = net_gradients(net)
     for got, want in zip(net_gradients(net, use_reentrant=use_reentrant), expected, strict=True):
         assert_same_bits(got, want, "gradient under checkpointing")
@@ -227,7 +237,7 @@ def test_autocast(case: OpCase) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for variant in case.variants:
             inputs = case.make(variant, size_of(case) if not case.is_loss else (129,), dtype)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16):
                 outputs, grads = run(case.call, case, inputs, variant)
             expected, expected_grads = run(case.call, case, inputs, variant)
             for y, want in zip(outputs, expected, strict=True):
@@ -251,7 +261,7 @@ def test_autocast_mixes_dtypes() -> None:
                 for name, x in inputs.items()
             }
             wide = {name: x.detach().float().requires_grad_() for name, x in mixed.items()}
-            with torch.autocast("cpu", dtype):
+            with torch.autocast(DEVICE.type, dtype):
                 outputs, grads = run(case.call, case, mixed, variant)
             expected, expected_grads = run(case.call, case, wide, variant)
             assert_same_bits(outputs[0], expected[0], f"{halves}")
@@ -265,16 +275,16 @@ def test_autocast_mixes_dtypes() -> None:
         inputs[first] = inputs[first].detach().bfloat16().requires_grad_()
         with pytest.raises(TypeError, match="dtype"):
             other.call(inputs, other.variants[0])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             assert other.call(inputs, other.variants[0]).dtype == torch.float32
 
 
 def test_autocast_of_a_quantized_layer() -> None:
     """float32 weights are quantized in float32, then cast by the layer; the scale still learns."""
-    layer, quantizer = nn.Linear(8, 4), FakeQuant(-8, 7, scale=0.1)
-    with torch.autocast("cpu", torch.bfloat16):
+    layer, quantizer = nn.Linear(8, 4).to(DEVICE), FakeQuant(-8, 7, scale=0.1).to(DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
         weight = quantizer(layer.weight)
-        out = nn.functional.linear(torch.randn(2, 8), weight)
+        out = nn.functional.linear(torch.randn(2, 8).to(DEVICE), weight)
         again = quantizer(out)
     assert (weight.dtype, out.dtype, again.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
     again.sum().backward()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hqod_ops import FakeQuant, fake_quant
+from hqod_ops import FakeQuant
 from python_tests.cases import CASES, DTYPES, HALF, Variant, lay_out, quant_inputs
+from python_tests.device import DEVICE, fake_quant, to_device
 from python_tests.oracle import assert_close, assert_same_bits, check, run
 
 CASE = CASES["fake_quant"]
@@ -177,7 +178,7 @@ def test_lsq_grad_scale() -> None:
         ((6, 5), None, -1, 30**-0.5),
     ):
         variant = Variant("", {"ch_axis": axis}, ("zero_point",))
-        inputs = quant_inputs(variant, shape, torch.float64, "contiguous", generator, -8, high)
+        inputs = quant_inputs(variant, shape, torch.float64, generator, -8, high)
         leaves = [v.requires_grad_() for v in (inputs["scale"], inputs["zero_point"])]
         grads = []
         for grad_scale in (None, "lsq"):
@@ -207,8 +208,7 @@ def test_shapes_of_the_scale(dtype: torch.dtype) -> None:
 @pytest.mark.numeric
 def test_strided_scales() -> None:
     """A scale that is a column of a larger tensor, or one value expanded over the channels."""
-    x = torch.randn(6, 9)
-    table = torch.rand(6, 3) + 0.1
+    x, table = to_device((torch.randn(6, 9), torch.rand(6, 3) + 0.1))
     for scale in (table[:, 1], table[:1, 0].expand(6)):
         for zero in (None, scale * 10):
             leaf = scale.detach().requires_grad_()
@@ -268,7 +268,7 @@ def test_layout_is_kept() -> None:
                                   ("zero_point",))  # fmt: skip
                 inputs = CASE.make(variant, shape, layout=layout)
                 for other in (*DENSE, "sliced", "expanded"):
-                    dy = lay_out(torch.rand(shape) - 0.3, other)
+                    dy = lay_out(to_device(torch.rand(shape) - 0.3), other)
                     y, grads = check(CASE, inputs, variant, [dy], f"{shape} {layout}, dy {other}")
                     assert y[0].stride() == inputs["x"].stride()
                     assert grads["x"].stride() == inputs["x"].stride()
@@ -299,12 +299,13 @@ def test_scale_without_gradient() -> None:
 def test_module() -> None:
     """Scale and zero point are parameters; a state dict, a dtype and a copy carry them along."""
     module = FakeQuant(-8, 7, scale=torch.full((3,), 0.2), zero_point=torch.zeros(3), ch_axis=1)
+    module = module.to(DEVICE)
     assert {name for name, _ in module.named_parameters()} == {"scale", "zero_point"}
-    x = torch.randn(5, 3)
+    x = to_device(torch.randn(5, 3))
     y = module(x)
     want = fake_quant(x, module.scale, module.zero_point, quant_min=-8, quant_max=7, ch_axis=1)
     assert_same_bits(y, want, "module")
-    other = FakeQuant(-8, 7, scale=torch.ones(3), zero_point=torch.ones(3), ch_axis=1)
+    other = FakeQuant(-8, 7, scale=torch.ones(3), zero_point=torch.ones(3), ch_axis=1).to(DEVICE)
     other.load_state_dict(module.state_dict())
     assert_same_bits(other(x), y, "state dict")
     assert module.double()(x.double()).dtype == torch.float64
@@ -318,8 +319,8 @@ def test_module() -> None:
 def test_the_scale_learns() -> None:
     """Gradient descent on the quantization error finds a better step than the first one."""
     torch.manual_seed(0)
-    x = torch.randn(4096)
-    module = FakeQuant(-8, 7, scale=1.0, grad_scale=None)
+    x = to_device(torch.randn(4096))
+    module = FakeQuant(-8, 7, scale=1.0, grad_scale=None).to(DEVICE)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
     errors = []
     for _ in range(80):
@@ -349,9 +350,9 @@ def test_gradients_add_up() -> None:
 @pytest.mark.numeric
 def test_overlapping_x() -> None:
     """A sliding window, whose elements share memory: values and gradient are those of a copy."""
-    base = torch.randn(40, requires_grad=True)
+    base = to_device(torch.randn(40)).requires_grad_()
     window = base.unfold(0, 8, 4)
-    scale = torch.tensor(0.2, requires_grad=True)
+    scale = torch.tensor(0.2, device=DEVICE, requires_grad=True)
     variant = Variant("", {"quant_min": -8, "quant_max": 7})
     got = run(CASE.call, CASE, {"x": window, "scale": scale}, variant)
     want = run(CASE.call, CASE, {"x": window.clone(), "scale": scale}, variant)

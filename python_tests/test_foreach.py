@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hqod_ops import fake_quant, fake_quant_foreach
+import hqod_ops
 from python_tests.cases import CASES, DTYPES, Variant, differentiable
+from python_tests.device import fake_quant, fake_quant_foreach
 from python_tests.oracle import assert_close, assert_same_bits, upstream_for
 
 CASE = CASES["fake_quant_foreach"]
@@ -22,7 +23,7 @@ def loop(inputs: dict[str, list[Tensor]], variant: Variant) -> list[Tensor]:
     )
     zeros = inputs.get("zero_points", [None] * len(inputs["xs"]))
     return [
-        fake_quant(x, s, z, quant_min=low, quant_max=high, **options)
+        hqod_ops.fake_quant(x, s, z, quant_min=low, quant_max=high, **options)
         for x, s, z, low, high in zip(
             inputs["xs"], inputs["scales"], zeros, lows, highs, strict=True
         )

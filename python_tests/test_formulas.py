@@ -1,8 +1,8 @@
 """The mathematics, checked against what does not come from this package.
 
 The published values of the method, formulas written out in NumPy, torchvision, pycocotools and
-torch's own fake quantization. Each test runs on the public ops and on the reference, which is the
-oracle of every other test.
+torch's own fake quantization. Each test runs on the public ops, on the device under test, and on
+the reference, which is the oracle of every other test.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import hqod_ops
 from hqod_ops import reference
+from python_tests import device
 from python_tests.cases import CASES, make_boxes, uniform
 
 pytestmark = pytest.mark.numeric
-both = pytest.mark.parametrize("ops", [hqod_ops, reference], ids=["ops", "reference"])
+both = pytest.mark.parametrize("ops", [device, reference], ids=["ops", "reference"])
 
 E = 2.220446049250313e-16
 TARGET = (10.0, 10.0, 50.0, 50.0)
@@ -286,7 +286,7 @@ def test_fake_quant_against_torch(ops: ModuleType) -> None:
     backward truncates negative ones.
     """
     variant = CASES["fake_quant"].variant("per_channel_axis0")
-    inputs = CASES["fake_quant"].make(variant, (16, 5, 7))
+    inputs = CASES["fake_quant"].make(variant, (16, 5, 7), device="cpu")
     x, scale = inputs["x"], inputs["scale"]
     for axis, low, high, s in (
         (0, -8, 7, scale),
@@ -314,7 +314,7 @@ def test_fake_quant_against_torch(ops: ModuleType) -> None:
 def test_fake_quant_against_torch_with_zero_points(ops: ModuleType) -> None:
     """torch's op with fixed parameters takes any zero point in its range: values and dx."""
     variant = CASES["fake_quant"].variant("per_channel_last_zero_point")
-    inputs = CASES["fake_quant"].make(variant, (9, 6))
+    inputs = CASES["fake_quant"].make(variant, (9, 6), device="cpu")
     x, scale = inputs["x"], inputs["scale"]
     zero = inputs["zero_point"].detach().round().int()
     dy = torch.randn(x.shape)

@@ -12,7 +12,7 @@ import torch
 
 import hqod_ops
 
-pytestmark = pytest.mark.require("ext")
+pytestmark = [pytest.mark.require("ext"), pytest.mark.cpu_kernels]
 ROOT = Path(__file__).resolve().parents[1]
 ISAS = ("baseline", "avx2", "avx512")
 

@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import hqod_ops
-from hqod_ops import aligned_box_iou, harmonious_iou_loss, hqod_loss, tcorr_loss
+from hqod_ops import reference
 from python_tests.cases import DTYPES, make_boxes, uniform
+from python_tests.device import (
+    DEVICE,
+    aligned_box_iou,
+    harmonious_iou_loss,
+    hqod_loss,
+    tcorr_loss,
+    to_device,
+)
 from python_tests.oracle import assert_close, assert_same_bits
 
 F64 = torch.float64
@@ -125,7 +132,7 @@ def test_corners_of_the_unit_square(dtype: torch.dtype, variant: str) -> None:
     loss = tcorr_loss(p, u, variant=variant)
     dp, du = torch.autograd.grad(loss.sum(), (p, u))
     p64, u64 = p.detach().double().requires_grad_(), u.detach().double().requires_grad_()
-    want = hqod_ops.reference.tcorr_loss(p64, u64, variant=variant)
+    want = reference.tcorr_loss(p64, u64, variant=variant)
     wanted = torch.autograd.grad(want.sum(), (p64, u64))
     assert loss.min() >= -1e-6 and loss.max() <= 1.2643
     assert max(dp.abs().max(), du.abs().max()) <= 4e4
@@ -356,7 +363,7 @@ def test_loss_scaling_saves_small_half_gradients() -> None:
 def test_expanded_target_collects_its_gradient() -> None:
     """One box against many, by expand: the gradient of the box is the sum over all."""
     pred, target, scores, _ = samples(50)
-    one = target.detach()[:1].clone().requires_grad_()
+    one = to_device(target.detach()[:1].clone()).requires_grad_()
     hqod_loss(pred, one.expand(50, 4), scores, reduction="sum").backward()
     many = one.detach().repeat(50, 1).requires_grad_()
     hqod_loss(pred, many, scores, reduction="sum").backward()
@@ -367,7 +374,7 @@ def test_expanded_target_collects_its_gradient() -> None:
 @pytest.mark.numeric
 def test_pred_against_itself() -> None:
     """The same tensor twice: both gradients are added."""
-    boxes = torch.tensor([[1.0, 2.0, 5.0, 8.0]], requires_grad=True)
+    boxes = torch.tensor([[1.0, 2.0, 5.0, 8.0]], device=DEVICE, requires_grad=True)
     loss = harmonious_iou_loss(boxes, boxes, reduction="sum")
     loss.backward()
     assert loss.item() == 0 and boxes.grad is not None and not boxes.grad.any()

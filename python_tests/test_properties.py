@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hqod_ops import (
+from hqod_ops import reference
+from python_tests.device import (
     aligned_box_iou,
     fake_quant,
     fake_quant_foreach,
     harmonious_iou_loss,
     hqod_loss,
-    reference,
     tcorr_loss,
 )
 

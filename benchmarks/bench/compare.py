@@ -7,17 +7,20 @@ from typing import Any
 THRESHOLD = 0.05
 """A ratio that fell by more than this share is shown."""
 
-SAME = ("device", "cores", "torch", "malloc", "clock")
+SAME = ("device", "cores", "driver", "torch", "malloc", "clock")
 """What two results must share to be compared in earnest."""
 
 
-def _key(block: dict[str, Any]) -> tuple[str, str, int]:
-    return block["name"], block["phase"], block["threads"]
+def key(block: dict[str, Any]) -> tuple[str, str, str]:
+    """What a block measures: the entry, the phase, and its threads or, on a GPU, its timing."""
+    return block["name"], block["phase"], block.get("timing") or str(block["threads"])
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def differences(
+    old: dict[str, Any], new: dict[str, Any], names: tuple[str, ...] = SAME
+) -> list[str]:
     """What of the machine is not the same in both results."""
-    pairs = [(name, old["machine"].get(name), new["machine"].get(name)) for name in SAME]
+    pairs = [(name, old["machine"].get(name), new["machine"].get(name)) for name in names]
     return [f"{name}: {a} before, {b} now" for name, a, b in pairs if a != b]
 
 
@@ -26,13 +29,13 @@ def regressions(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]
 
     A fall is ``clear`` where the ranges from p20 to p80 do not meet: anything less may be noise.
     """
-    before = {_key(block): block for block in old["blocks"]}
+    before = {key(block): block for block in old["blocks"]}
     found = []
     for block in new["blocks"]:
-        earlier = before.get(_key(block))
+        earlier = before.get(key(block))
         if earlier is None:
             continue
-        where = dict(zip(("name", "phase", "threads"), _key(block), strict=True))
+        where = dict(zip(("name", "phase", "setting"), key(block), strict=True))
         for peer, ratio in block["ratio"].items():
             past = earlier["ratio"].get(peer)
             if past is not None and ratio["median"] < past["median"] * (1 - THRESHOLD):

@@ -16,6 +16,9 @@ Call = Callable[..., Any]
 PHASES = ("F", "FB")
 """Forward without gradients; forward and backward."""
 
+GPU_PHASES = ("F", "B", "FB")
+"""The same, and the backward alone, whose kernels a GPU's graph can hold without the forward's."""
+
 
 @dataclass
 class Inputs:
@@ -55,6 +58,8 @@ class Entry:
     """Peak memory is shown as a multiple of this many bytes."""
     goals: Mapping[tuple[str, str], float] = field(default_factory=dict)
     """By phase and peer, the ratio to reach."""
+    waiting: frozenset[str] = frozenset()
+    """Peers that wait for the device, so that no CUDA graph can hold them."""
     phases: tuple[str, ...] = PHASES
     quick: bool = False
     """Whether ``--quick`` runs it."""

@@ -24,6 +24,10 @@ OURS = "ours"
 Clock = Callable[[], int]
 """Nanoseconds from any starting point."""
 
+Run = Callable[[], Any]
+Turn = Callable[[Run, int], float]
+"""Calls as often as it is told, and returns the seconds per call."""
+
 TOLERANCE = 1e-2
 """Relative L2 distance between ours and a peer: another function is far beyond it. The gradient of
 a scale is a long sum that cancels, so a float32 peer can be off by more than rounding."""
@@ -58,7 +62,8 @@ def quantile(values: list[float], q: float) -> float:
     return values[low] + (values[high] - values[low]) * (position - low)
 
 
-def _spread(values: list[float], digits: int) -> dict[str, float]:
+def spread(values: list[float], digits: int) -> dict[str, float]:
+    """Median and the range of the middle three fifths."""
     return {
         "median": round(statistics.median(values), digits),
         "p20": round(quantile(values, 0.2), digits),
@@ -66,7 +71,7 @@ def _spread(values: list[float], digits: int) -> dict[str, float]:
     }
 
 
-def _results(run: Callable[[], Any], inputs: Inputs, phase: str) -> list[Tensor]:
+def _results(run: Run, inputs: Inputs, phase: str) -> list[Tensor]:
     tensors = [tensor.detach().clone() for tensor in outputs(run())]
     if phase == "FB":
         tensors += [leaf.grad for leaf in inputs.leaves() if leaf.grad is not None]
@@ -74,20 +79,28 @@ def _results(run: Callable[[], Any], inputs: Inputs, phase: str) -> list[Tensor]
 
 
 def check_agreement(
-    entry: Entry, phase: str, inputs: Inputs, runs: dict[str, Callable[[], Any]]
+    entry: Entry, phase: str, runs: dict[str, Run], results: Callable[[Run], list[Tensor]]
 ) -> None:
-    """Raise DisagreementError where a peer's results or gradients are not ours."""
-    expected = _results(runs[OURS], inputs, phase)
+    """Raise DisagreementError where a peer's results or gradients are not ours.
+
+    Args:
+        entry: what is measured.
+        phase: named in the message.
+        runs: the calls by name.
+        results: the results and gradients of a call.
+    """
+    expected = results(runs[OURS])
     for name in (*entry.peers, "compile"):
         if name not in runs:
             continue
-        found = _results(runs[name], inputs, phase)
+        found = results(runs[name])
         if len(found) != len(expected):
             raise DisagreementError(
                 f"{entry.name}, {phase}: {name} gives {len(found)} results and gradients,"
                 f" ours {len(expected)}"
             )
         for index, (a, b) in enumerate(zip(expected, found, strict=True)):
+            a, b = a.float(), b.float()
             distance = float((a - b).norm() / a.norm().clamp(min=1e-12))
             if not distance <= TOLERANCE:
                 raise DisagreementError(
@@ -119,9 +132,7 @@ def _compiled(call: Call, phase: str, inputs: Inputs, threads: int) -> Call | st
     return compiled
 
 
-def _runs(
-    entry: Entry, phase: str, inputs: Inputs, compiled: Call | None
-) -> dict[str, Callable[[], Any]]:
+def _runs(entry: Entry, phase: str, inputs: Inputs, compiled: Call | None) -> dict[str, Run]:
     calls = {OURS: entry.ours, **entry.peers, **entry.others}
     if compiled is not None:
         calls["compile"] = compiled
@@ -134,28 +145,30 @@ def _runs(
     return runs
 
 
-def _calls_per_turn(run: Callable[[], Any], turn: float, clock: Clock) -> int:
+def _calls_per_turn(run: Run, seconds: float, turn: Turn) -> int:
     """How often to call within a turn; the first calls, slow ones, are behind us afterwards."""
     run()
     calls = 1
     for _ in range(2):
-        calls = max(1, math.ceil(turn / _turn(run, calls, clock)))
+        calls = max(1, math.ceil(seconds / turn(run, calls)))
     return calls
 
 
-def _turn(run: Callable[[], Any], calls: int, clock: Clock) -> float:
-    """Seconds per call."""
-    start = clock()
-    for _ in range(calls):
-        run()
-    return (clock() - start) / calls * 1e-9
+def timed_by(clock: Clock) -> Turn:
+    """Turns whose end is their return."""
+
+    def turn(run: Run, calls: int) -> float:
+        start = clock()
+        for _ in range(calls):
+            run()
+        return (clock() - start) / calls * 1e-9
+
+    return turn
 
 
-def time_rounds(
-    runs: dict[str, Callable[[], Any]], effort: Effort, clock: Clock
-) -> dict[str, list[float]]:
+def time_rounds(runs: dict[str, Run], effort: Effort, turn: Turn) -> dict[str, list[float]]:
     """Seconds per call of every variant in every round."""
-    calls = {name: _calls_per_turn(run, effort.turn, clock) for name, run in runs.items()}
+    calls = {name: _calls_per_turn(run, effort.turn, turn) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     gc.collect()
@@ -166,12 +179,42 @@ def time_rounds(
             if done >= effort.min_rounds and time.perf_counter() - start > effort.seconds:
                 break
             for name in order:
-                times[name].append(_turn(runs[name], calls[name], clock))
+                times[name].append(turn(runs[name], calls[name]))
             # Nobody always follows the same one, with the caches as that one left them.
             order = order[1:] + order[:1] if done % 2 else order[::-1]
     finally:
         gc.enable()
     return times
+
+
+def summary(
+    entry: Entry, phase: str, times: dict[str, list[float]], copied_bytes: int
+) -> dict[str, Any]:
+    """What times say of ours and its peers, as a block of the result file holds it.
+
+    Args:
+        entry: what was measured.
+        phase: the phase of it.
+        times: seconds per call of every variant in every round.
+        copied_bytes: bytes that the entry's ``copy_`` reads and writes.
+    """
+    found: dict[str, Any] = {
+        "rounds": len(times[OURS]),
+        "us": {name: spread([1e6 * t for t in taken], 3) for name, taken in times.items()},
+        "ratio": {
+            name: spread([t / o for t, o in zip(taken, times[OURS], strict=True)], 4)
+            for name, taken in times.items()
+            if name != OURS
+        },
+        "goals": {peer: goal for (at, peer), goal in entry.goals.items() if at == phase},
+    }
+    if phase in entry.traffic:
+        found["bytes"] = entry.traffic[phase]
+        if "copy_" in times:
+            share = entry.traffic[phase] / copied_bytes
+            ratio = found["ratio"]["copy_"]
+            found["copy_fraction"] = {key: round(v * share, 4) for key, v in ratio.items()}
+    return found
 
 
 def measure(
@@ -196,36 +239,18 @@ def measure(
         if with_compile and entry.compiled is not None:
             compiled = _compiled(entry.compiled, phase, inputs, threads)
         runs = _runs(entry, phase, inputs, None if isinstance(compiled, str) else compiled)
-        check_agreement(entry, phase, inputs, runs)
-        times = time_rounds(runs, effort, clock)
+        check_agreement(entry, phase, runs, lambda run: _results(run, inputs, phase))
+        times = time_rounds(runs, effort, timed_by(clock))
         memory = {}
         if with_memory and phase == "FB":
             memory = {n: peak_bytes(run, inputs) for n, run in runs.items() if n != "copy_"}
     for leaf in inputs.leaves():
         leaf.grad = None
-    block: dict[str, Any] = {
-        "name": entry.name,
-        "phase": phase,
-        "threads": threads,
-        "rounds": len(times[OURS]),
-        "us": {name: _spread([1e6 * t for t in taken], 3) for name, taken in times.items()},
-        "ratio": {
-            name: _spread([t / o for t, o in zip(taken, times[OURS], strict=True)], 4)
-            for name, taken in times.items()
-            if name != OURS
-        },
-        "goals": {peer: goal for (at, peer), goal in entry.goals.items() if at == phase},
-    }
+    copied_bytes = 0 if entry.copied is None else 2 * inputs.args[entry.copied].nbytes
+    block: dict[str, Any] = {"name": entry.name, "phase": phase, "threads": threads}
+    block |= summary(entry, phase, times, copied_bytes)
     if isinstance(compiled, str):
         block["left_out"] = {"compile": compiled}
-    if phase in entry.traffic:
-        block["bytes"] = entry.traffic[phase]
-        if entry.copied is not None:
-            copied = 2 * inputs.args[entry.copied].nbytes
-            ratio = block["ratio"]["copy_"]
-            block["copy_fraction"] = {
-                key: round(value * entry.traffic[phase] / copied, 4) for key, value in ratio.items()
-            }
     if memory:
         block["peak_bytes"] = memory
         block["memory_unit"] = list(entry.memory_unit)

@@ -69,11 +69,11 @@ def _round_pass(x: Tensor) -> Tensor:
 def lsq(
     x: Tensor, scale: Tensor, quant_min: int, quant_max: int, ch_axis: int | None, factor: float
 ) -> Tensor:
-    """Learned step size quantization with detach tricks."""
+    """Learned step size quantization with detach tricks; a half x meets a float32 scale."""
     scale = _scale_grad(scale, factor)
     if ch_axis is not None:
         scale = scale.reshape([-1 if axis == ch_axis else 1 for axis in range(x.dim())])
-    return _round_pass((x / scale).clamp(quant_min, quant_max)) * scale
+    return (_round_pass((x / scale).clamp(quant_min, quant_max)) * scale).to(x.dtype)
 
 
 def torch_learnable(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import hqod_ops
 from bench import peers
-from bench.entry import Entry, Inputs
+from bench.entry import GPU_PHASES, PHASES, Entry, Inputs
 from bench.machine import keeps_memory
 from hqod_ops.reference import lsq_grad_scale
 
@@ -19,6 +19,8 @@ ACTIVATION_RANGE = (0, 15)
 WEIGHTS = ((64, 64, 3, 3), (256, 256, 3, 3), (512, 2048, 1, 1), (2048, 512, 3, 3))
 SMALL_ACTIVATION, LARGE_ACTIVATION = (8, 256, 64, 64), (16, 256, 100, 152)
 FLOAT = 4
+LARGE_ON_GPU = 8 * 256 * 64 * 64
+"""From this number of elements on a GPU has enough of them to reach its copy rate."""
 FRESH = 32 * 2**20
 """From this size on, glibc maps and faults in the pages of every new tensor."""
 
@@ -49,13 +51,17 @@ def make_pair(
 
 
 def _inputs(
-    shape: tuple[int, ...], limits: tuple[int, int], axis: int | None, layout: torch.memory_format
+    shape: tuple[int, ...],
+    limits: tuple[int, int],
+    axis: int | None,
+    layout: torch.memory_format,
+    dtype: torch.dtype,
 ) -> Callable[[], Inputs]:
     def setup() -> Inputs:
         generator = torch.Generator().manual_seed(0)
         x, scale = make_pair(shape, limits, axis, generator)
-        x = x.contiguous(memory_format=layout)
-        dy = torch.randn(shape, generator=generator).contiguous(memory_format=layout)
+        x = x.to(dtype).contiguous(memory_format=layout)
+        dy = torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=layout)
         return Inputs({"x": x.requires_grad_(), "scale": scale.requires_grad_()}, dy)
 
     return setup
@@ -77,15 +83,29 @@ def _goals(numel: int) -> dict[tuple[str, str], float]:
     }
 
 
+def _gpu_goals(numel: int, axis: int | None) -> dict[tuple[str, str], float]:
+    goals = {
+        ("FB", "torch"): 4 if numel < 5e6 else 2,
+        ("FB", "compile"): 1.3 if axis == 1 else 1,
+    }
+    if numel >= LARGE_ON_GPU:
+        # 0.88 of the copy's rate; the backward pass moves 3 tensors where the copy moves 2.
+        goals |= {("F", "copy_"): 0.88, ("B", "copy_"): 0.88 * 2 / 3, ("FB", "eager"): 6.5}
+    return goals
+
+
 def _fake_quant(
     shape: tuple[int, ...],
     axis: int | None,
     limits: tuple[int, int],
     layout: torch.memory_format = torch.contiguous_format,
     quick: bool = False,
+    dtype: torch.dtype = torch.float32,
+    gpu: bool = False,
 ) -> Entry:
     low, high = limits
     numel = torch.Size(shape).numel()
+    moved = dtype.itemsize * numel
     factor = lsq_grad_scale(numel, 1 if axis is None else shape[axis], high)
 
     def ours(x: Tensor, scale: Tensor) -> Tensor:
@@ -102,16 +122,20 @@ def _fake_quant(
     size = "x".join(map(str, shape))
     where = "tensor" if axis is None else f"axis {axis}"
     where += ", channels_last" if layout == torch.channels_last else ""
+    where += "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
     return Entry(
         name=f"fake_quant/{size}, {where}",
-        setup=_inputs(shape, limits, axis, layout),
+        setup=_inputs(shape, limits, axis, layout, dtype),
         ours=ours,
-        peers={"eager": eager, "torch": native},
+        # torch's op takes no half x.
+        peers={"eager": eager} | ({"torch": native} if dtype == torch.float32 else {}),
         compiled=eager,
         copied="x",
-        traffic={"F": 2 * FLOAT * numel, "FB": 5 * FLOAT * numel},
-        memory_unit=("tensors of x", FLOAT * numel),
-        goals=_goals(numel),
+        traffic={"F": 2 * moved, "B": 3 * moved, "FB": 5 * moved},
+        memory_unit=("tensors of x", moved),
+        goals=_gpu_goals(numel, axis) if gpu else _goals(numel),
+        waiting=frozenset({"torch"}),
+        phases=GPU_PHASES if gpu else PHASES,
         quick=quick,
     )
 
@@ -129,9 +153,15 @@ def resnet50_shapes() -> list[tuple[int, int, int, int]]:
     return shapes
 
 
-def _foreach() -> Entry:
+def retinanet_shapes() -> list[tuple[int, int, int, int]]:
+    """The 71 convolution weights of torchvision's RetinaNet with a ResNet-50."""
+    pyramid = [(256, inputs, 1, 1) for inputs in (512, 1024, 2048)] + [(256, 256, 3, 3)] * 5
+    towers = [(256, 256, 3, 3)] * 8
+    return [*resnet50_shapes(), *pyramid, *towers, (9 * 91, 256, 3, 3), (9 * 4, 256, 3, 3)]
+
+
+def _foreach(model: str, shapes: list[tuple[int, int, int, int]], gpu: bool = False) -> Entry:
     low, high = WEIGHT_RANGE
-    shapes = resnet50_shapes()
     numel = sum(torch.Size(shape).numel() for shape in shapes)
     factors = [lsq_grad_scale(torch.Size(s).numel(), s[0], high) for s in shapes]
 
@@ -163,12 +193,15 @@ def _foreach() -> Entry:
         return [peers.torch_learnable(x, s, low, high, 0, factor) for x, s, factor in every]
 
     return Entry(
-        name="fake_quant_foreach/ResNet-50, axis 0",
+        name=f"fake_quant_foreach/{model}, axis 0",
         setup=setup,
         ours=ours,
         peers={"loop of ours": loop, "eager": eager, "torch": native},
-        traffic={"F": 2 * FLOAT * numel, "FB": 5 * FLOAT * numel},
+        traffic={"F": 2 * FLOAT * numel, "B": 3 * FLOAT * numel, "FB": 5 * FLOAT * numel},
         memory_unit=("tensors of x", FLOAT * numel),
+        goals={("FB", "loop of ours"): 5} if gpu else {},
+        waiting=frozenset({"torch"}),
+        phases=GPU_PHASES if gpu else PHASES,
     )
 
 
@@ -180,6 +213,7 @@ def _overhead() -> Entry:
         setup=base.setup,
         ours=base.ours,
         peers=base.peers,
+        waiting=base.waiting,
         others={"torch.neg": lambda x, scale: x.neg()},
         quick=True,
     )
@@ -198,4 +232,26 @@ def entries() -> list[Entry]:
         for axis in (None, 1)
     ]
     large = [_fake_quant(LARGE_ACTIVATION, axis, ACTIVATION_RANGE) for axis in (None, 1)]
-    return [_overhead(), *weights, *activations, *large, _foreach()]
+    foreach = _foreach("ResNet-50", resnet50_shapes())
+    return [_overhead(), *weights, *activations, *large, foreach]
+
+
+def gpu_entries() -> list[Entry]:
+    """All entries of this module for a GPU: the channel outermost, in the middle and innermost."""
+    half, last = torch.bfloat16, torch.channels_last
+    weight = partial(_fake_quant, limits=WEIGHT_RANGE, gpu=True)
+    activation = partial(_fake_quant, limits=ACTIVATION_RANGE, gpu=True)
+    small, large = SMALL_ACTIVATION, LARGE_ACTIVATION
+    return [
+        _overhead(),
+        *(weight(shape, 0) for shape in WEIGHTS),
+        weight(WEIGHTS[1], None),
+        *(activation(small, axis, dtype=dtype) for dtype in (torch.float32, half)
+          for axis in (None, 0, 1)),
+        *(activation(small, 1, layout=last, dtype=dtype) for dtype in (torch.float32, half)),
+        activation(large, None),
+        activation(large, 1),
+        *(activation(large, 1, layout=layout, dtype=half)
+          for layout in (torch.contiguous_format, last)),
+        _foreach("RetinaNet-R50", retinanet_shapes(), gpu=True),
+    ]  # fmt: skip

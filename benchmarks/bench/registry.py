@@ -16,7 +16,7 @@ def _plain(case: OpCase) -> Entry:
     shape = BOXES if case.is_loss else TENSOR
 
     def setup() -> Inputs:
-        args = case.make(variant, shape, requires_grad=False)
+        args = case.make(variant, shape, requires_grad=False, device="cpu")
         for tensor in leaves(args, case.differentiable).values():
             tensor.requires_grad_()
         with torch.no_grad():
@@ -37,8 +37,11 @@ def _plain(case: OpCase) -> Entry:
     )
 
 
-def all_entries() -> list[Entry]:
-    """Every entry, in the order of the table."""
-    special = [*losses.entries(), *quant.entries()]
+def all_entries(device: str = "cpu") -> list[Entry]:
+    """Every entry of ``"cpu"`` or ``"cuda"``, in the order of the table."""
+    if device == "cuda":
+        special = [*losses.gpu_entries(), *quant.gpu_entries()]
+    else:
+        special = [*losses.entries(), *quant.entries()]
     covered = {entry.family for entry in special}
     return [*special, *(_plain(case) for name, case in CASES.items() if name not in covered)]

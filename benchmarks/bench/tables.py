@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 OURS = "ours"
-PEERS = ("eager", "compile", "torch", "torchvision GIoU", "loop of ours", "torch.neg", "clone")
+PEERS = (
+    *("eager", "compile", "torch", "torchvision GIoU", "loop of ours"),
+    *("empty op", "torch.neg", "clone"),
+)
 """The columns of ratios, in this order, each only where a table has values for it."""
 
 
@@ -42,12 +45,13 @@ def _families(blocks: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 def _speed(family: str, blocks: list[dict[str, Any]]) -> Table:
     peers = [peer for peer in PEERS if any(peer in block["ratio"] for block in blocks)]
     with_copy = any("copy_fraction" in block for block in blocks)
-    columns = ["size", "phase", "threads", OURS, "p20 to p80", *peers]
+    setting = "timing" if "timing" in blocks[0] else "threads"
+    columns = ["size", "phase", setting, OURS, "p20 to p80", *peers]
     columns += ["of copy rate"] if with_copy else []
     rows, missed = [], set()
     for block in blocks:
         ours, goals = block["us"][OURS], block["goals"]
-        row = [block["name"].partition("/")[2], block["phase"], str(block["threads"])]
+        row = [block["name"].partition("/")[2], block["phase"], str(block[setting])]
         row += [_time(ours["median"]), f"{_time(ours['p20'])} to {_time(ours['p80'])}"]
         for peer in peers:
             ratio = block["ratio"].get(peer)
@@ -87,10 +91,10 @@ def tables(result: dict[str, Any]) -> list[Table]:
 
 def comparison(regressions: list[dict[str, Any]]) -> Table:
     """What :func:`bench.compare.regressions` found."""
-    columns = ["entry", "phase", "threads", "what", "old", "new", "verdict"]
+    columns = ["entry", "phase", "threads or timing", "what", "old", "new", "verdict"]
     rows = [
         [
-            *(found["name"], found["phase"], str(found["threads"]), found["what"]),
+            *(found["name"], found["phase"], found["setting"], found["what"]),
             *(f"{found['old']:.4g}", f"{found['new']:.4g}"),
             "worse" if found["clear"] else "worse, within noise",
         ]
@@ -102,6 +106,11 @@ def comparison(regressions: list[dict[str, Any]]) -> Table:
 def head(result: dict[str, Any]) -> str:
     """What was measured where, and whether the machine was busy with something else."""
     m = result["machine"]
+    if "driver" in m:
+        return (
+            f"{m['device']}, driver {m['driver']}, torch {m['torch']}, hqod_ops {m['hqod_ops']}"
+            f" ({m['backend']}) at {m['commit']}, {m['date'][:10]}"
+        )
     settings = f"{m['clock']} time, memory {m['malloc']}"
     if m["load"] > 0.5 * m["cores"]:
         settings += f"\nThe machine was busy (load {m['load']}): times and ratios are off."
@@ -117,7 +126,7 @@ def markdown(table: Table) -> str:
         [f"{cell} (below goal)" if (i, j) in table.missed else cell for j, cell in enumerate(row)]
         for i, row in enumerate(table.rows)
     ]
-    words = ("size", "entry", "phase", "unit", "what", "verdict")
+    words = ("size", "entry", "phase", "timing", "unit", "what", "verdict")
     rule = ["---" if name in words else "---:" for name in table.columns]
     lines = [f"| {' | '.join(cells)} |" for cells in (table.columns, rule, *marked)]
     return "\n".join([f"**{table.title}**", "", *lines, ""])

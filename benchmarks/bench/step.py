@@ -1,0 +1,234 @@
+"""One training step of torchvision's RetinaNet: float, with LSQ in plain PyTorch, with ours."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from bench import peers
+from bench.measure import spread
+from hqod_ops import _loader, reference
+from hqod_ops.quant import calibrate, parameter_groups, prepare_qat
+
+VARIANTS = ("float", "eager LSQ", "ours")
+Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, and how long it is measured."""
+
+    backbone: str = "resnet50"
+    batch: int = 8
+    size: int = 640
+    """Side of the square images, in pixels."""
+    config: str = "hqod_w4a4"
+    warmup: int = 5
+    steps: int = 20
+
+
+FULL = Settings()
+QUICK = Settings(backbone="resnet18", batch=1, size=64, warmup=1, steps=2)
+
+
+def build(settings: Settings, device: torch.device) -> nn.Module:
+    """torchvision's RetinaNet with new weights, the same each time."""
+    from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+
+    torch.manual_seed(0)
+    backbone = resnet_fpn_backbone(
+        backbone_name=settings.backbone,
+        weights=None,
+        norm_layer=nn.BatchNorm2d,
+        trainable_layers=5,
+        returned_layers=[2, 3, 4],
+        extra_blocks=LastLevelP6P7(256, 256),
+    )
+    model = RetinaNet(backbone, 91, min_size=settings.size, max_size=settings.size)
+    return model.to(device)
+
+
+def make_batch(settings: Settings, device: torch.device) -> Batch:
+    """Noise with eight objects an image."""
+    generator = torch.Generator().manual_seed(0)
+    images, targets = [], []
+    for _ in range(settings.batch):
+        images.append(torch.rand(3, settings.size, settings.size, generator=generator).to(device))
+        corner = torch.rand(8, 2, generator=generator) * 0.5 * settings.size
+        side = (torch.rand(8, 2, generator=generator) * 0.4 + 0.1) * settings.size
+        labels = torch.randint(1, 91, (8,), generator=generator)
+        boxes = torch.cat([corner, corner + side], dim=1)
+        targets.append({"boxes": boxes.to(device), "labels": labels.to(device)})
+    return images, targets
+
+
+def _settle(model: nn.Module, batch: Batch) -> None:
+    """Let the running statistics be those of the batch: calibration runs in eval mode."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(*batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def _eager_fake_quant(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, **options: Any
+) -> Tensor:
+    """LSQ as a training script writes it; for what else there may be, the definition."""
+    if zero_point is not None or options.get("activation") is not None:
+        return reference.fake_quant(x, scale, zero_point, **options)
+    low, high, factor = options["quant_min"], options["quant_max"], options["grad_scale"]
+    if factor == "lsq":
+        factor = reference.lsq_grad_scale(x.numel(), scale.numel(), high)
+    return peers.lsq(x, scale, low, high, options["ch_axis"], factor)
+
+
+def _eager_foreach(
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zero_points: Sequence[Tensor] | None = None,
+    *,
+    quant_min: Sequence[int],
+    quant_max: Sequence[int],
+    **options: Any,
+) -> list[Tensor]:
+    zeros = [None] * len(xs) if zero_points is None else zero_points
+    every = zip(xs, scales, zeros, quant_min, quant_max, strict=True)
+    return [_eager_fake_quant(x, s, z, quant_min=lo, quant_max=hi, **options)
+            for x, s, z, lo, hi in every]  # fmt: skip
+
+
+@contextlib.contextmanager
+def eager_ops() -> Iterator[None]:
+    """The quantizers call plain PyTorch in the place of the native ops."""
+    native = _loader._backend_module
+    eager = SimpleNamespace(fake_quant=_eager_fake_quant, fake_quant_foreach=_eager_foreach)
+    _loader._backend_module = eager  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _loader._backend_module = native
+
+
+def make(variant: str, settings: Settings, batch: Batch, device: torch.device) -> nn.Module:
+    """The model of a variant, ready to be trained."""
+    model = build(settings, device)
+    _settle(model, batch)
+    if variant != "float":
+        model = calibrate(prepare_qat(model, settings.config), [batch], progress=False)
+    return model.train()
+
+
+class Step:
+    """One step: forward, losses, backward, update; in mixed precision if it is asked for."""
+
+    def __init__(self, model: nn.Module, batch: Batch, device: torch.device, amp: bool) -> None:
+        self._model, self._batch, self._device, self._amp = model, batch, device, amp
+        groups = parameter_groups(model, weight_decay=1e-4)
+        self._optimizer = torch.optim.SGD(groups, lr=1e-4, momentum=0.9)
+        self._dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+        scaled = amp and self._dtype == torch.float16
+        self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+
+    def __call__(self) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._device.type, self._dtype, enabled=self._amp):
+            losses = self._model(*self._batch)
+        loss: Tensor = sum(losses.values())
+        self._scaler.scale(loss).backward()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        return loss.detach()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _seconds(step: Step, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _profiled(step: Step, device: torch.device) -> tuple[float, str]:
+    """The share of our ops in the device's time (on the CPU, in its own), and the table of all."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities, acc_events=True) as recorded:
+        step()
+        _wait(device)
+    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    rows = recorded.key_averages()
+    # An operator's kernels count for it, and again as rows of their own: operators alone, then.
+    operators = [row for row in rows if row.device_type == torch.autograd.DeviceType.CPU]
+    total = sum(getattr(row, attribute) for row in operators)
+    ours = sum(getattr(row, attribute) for row in operators if row.key.startswith("hqod::"))
+    table: str = rows.table(sort_by=attribute, row_limit=40, max_name_column_width=80)
+    return ours / total if total else 0.0, table
+
+
+def measure(
+    variant: str, settings: Settings, device: torch.device, amp: bool
+) -> tuple[dict[str, Any], str]:
+    """Time, peak memory and profile of a variant's step.
+
+    Args:
+        variant: of :data:`VARIANTS`.
+        settings: the model and the effort.
+        device: where it trains.
+        amp: mixed precision.
+
+    Returns:
+        (dict, str): the entry of the result file, and the profiler's table.
+
+    Raises:
+        RuntimeError: the loss is not finite.
+    """
+    batch = make_batch(settings, device)
+    with eager_ops() if variant == "eager LSQ" else contextlib.nullcontext():
+        step = Step(make(variant, settings, batch, device), batch, device, amp)
+        for _ in range(settings.warmup):
+            loss = step()
+        if not bool(loss.isfinite()):
+            raise RuntimeError(f"{variant}: the loss is {loss.item()}")
+        peak = None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        times = [_seconds(step, device) for _ in range(settings.steps)]
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
+        share, table = _profiled(step, device)
+    found = {
+        "variant": variant,
+        "amp": amp,
+        "ms": spread([1e3 * t for t in times], 3),
+        "peak_bytes": peak,
+        "share_of_our_ops": round(share, 4),
+    }
+    return found, table
+
+
+def compared(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries with what quantization adds to the step without it, as a share of the step."""
+    plain = {entry["amp"]: entry["ms"]["median"] for entry in found if entry["variant"] == "float"}
+    return [
+        {**entry, "share_added": round(1 - plain[entry["amp"]] / entry["ms"]["median"], 4)}
+        for entry in found
+    ]

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""A training step of torchvision's RetinaNet: float, LSQ in plain PyTorch, and our ops.
+
+    python benchmarks/bench_step.py --device cuda         # RetinaNet-R50, 8 images of 640x640
+    python benchmarks/bench_step.py --quick               # a small one on the CPU
+
+It writes the result as JSON, and beside it the profiler's tables as text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+# Last, so that an installed hqod_ops goes before the one in the tree.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+from bench import machine, step, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PARTIAL_RESULTS = ROOT / "runs" / "bench"
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="See benchmarks/README.md."
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--quick", action="store_true", help="a small model, two steps")
+    parser.add_argument(
+        "--amp",
+        choices=("off", "on", "both"),
+        default="both",
+        help="mixed precision: float16 on a GPU, bfloat16 on the CPU; default: both",
+    )
+    parser.add_argument("--output", metavar="PATH", type=Path, help="the result file to write")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+    return args
+
+
+def run(
+    settings: step.Settings, device: torch.device, amps: tuple[bool, ...]
+) -> tuple[list[dict[str, Any]], str]:
+    """Every variant, with and without mixed precision: the entries, and the profiler's tables."""
+    found, profiles = [], []
+    for amp in amps:
+        for variant in step.VARIANTS:
+            title = f"{variant}{', mixed precision' if amp else ''}"
+            print(title, file=sys.stderr)
+            entry, table = step.measure(variant, settings, device, amp)
+            found.append(entry)
+            profiles.append(f"{title}\n\n{table}")
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return step.compared(found), "\n".join(profiles)
+
+
+def table(entries: list[dict[str, Any]]) -> tables.Table:
+    """The result for a reader."""
+    columns = ["entry", "mixed precision", "step", "p20 to p80", "peak memory", "added by"]
+    columns += ["our ops"]
+    rows = []
+    for entry in entries:
+        ms, peak = entry["ms"], entry["peak_bytes"]
+        rows.append(
+            [
+                entry["variant"],
+                "yes" if entry["amp"] else "no",
+                f"{ms['median']:.1f} ms",
+                f"{ms['p20']:.1f} to {ms['p80']:.1f} ms",
+                "" if peak is None else f"{peak / 2**30:.2f} GiB",
+                f"{100 * entry['share_added']:.1f} %",
+                f"{100 * entry['share_of_our_ops']:.1f} %",
+            ]
+        )
+    return tables.Table("A training step; shares of it that quantization takes", columns, rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit status."""
+    args = _arguments(argv)
+    settings = step.QUICK if args.quick else step.FULL
+    torch.backends.cudnn.benchmark = True
+    amps = {"off": (False,), "on": (True,), "both": (False, True)}[args.amp]
+    entries, profiles = run(settings, torch.device(args.device), amps)
+    described = machine.describe(args.device)
+    result = {"machine": described, "settings": dataclasses.asdict(settings), "steps": entries}
+    tables.show(table(entries))
+    folder = PARTIAL_RESULTS if args.quick or args.amp != "both" else RESULTS
+    name = Path(machine.file_name(described)).stem
+    path = args.output or folder / f"{name}-step.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".txt").write_text(profiles, encoding="utf-8")
+    print(f"written: {path} and {path.with_suffix('.txt').name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
