@@ -25,7 +25,7 @@ ARGS ?=
 
 override TORCH := $(if $(findstring torch,$(TORCH)),$(TORCH),torch==$(strip $(TORCH)))
 comma := ,
-EXTRAS := [$(if $(findstring torchvision,$(TORCH)),detection$(comma))dev]
+EXTRAS := [$(if $(findstring torchvision,$(TORCH)),detection$(comma))export$(comma)dev]
 SUFFIX := $(if $(subst $(DEFAULT_TORCH),,$(TORCH)),-$(shell tr -cs 'A-Za-z0-9.\n' - <<< '$(TORCH)'))
 SUFFIX += $(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 VENV := .venv$(subst $() ,,$(SUFFIX))

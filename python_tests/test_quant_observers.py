@@ -10,8 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hqod_ops.quant import EMAMSE, OBSERVERS, LSQInit, MinMax, Observer
-from hqod_ops.quant.observers import code_range, scale_for_range
+from hqod_ops.quant.observers import (
+    EMAMSE,
+    OBSERVERS,
+    EMAMinMax,
+    LSQInit,
+    MinMax,
+    Observer,
+    affine_for_range,
+    code_range,
+    scale_for_range,
+)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +112,36 @@ def test_mse_search_on_generated_data(values: list[float], bits: int) -> None:
     assert errors[chosen] <= min(errors) * (1 + 1e-6) + 1e-12 * x.double().square().max().item()
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_mse_search_with_a_zero_point(bits: int) -> None:
+    for signed in (True, False):
+        x = torch.randn(300, generator=torch.Generator().manual_seed(bits)).exp() - 0.5
+        observer = EMAMSE(bits, signed=signed, symmetric=False)
+        observer.observe(x)
+        low, high = code_range(bits, signed)
+        candidates = []
+        for i in range(95):
+            ends = x.min().double() * (1 - 0.01 * i), x.max().double() * (1 - 0.01 * i)
+            s = (ends[1] - ends[0]) / (high - low)
+            z = (low - ends[0] / s).round()
+            codes = ((x.double() / s).round() + z).clamp(low, high)
+            candidates.append((((codes - z) * s - x) ** 2).sum().item())
+            if i == 0:
+                whole, zero = s.item(), z.item()
+        best = min(range(95), key=candidates.__getitem__)
+        assert observer.scale().item() == pytest.approx(whole * (1 - 0.01 * best), rel=1e-6)
+        assert observer.zero_point().tolist() == [zero]  # type: ignore[union-attr]
+
+
+def test_ema_of_the_ends() -> None:
+    observer = EMAMinMax(4, symmetric=False, momentum=0.75)
+    for low, high in ((-1.0, 2.0), (-3.0, 10.0)):
+        observer.observe(torch.tensor([low, 0.3, high]))
+    scale, zero = (4.0 + 1.5) / 15, round(-8 + 1.5 / ((4.0 + 1.5) / 15))
+    assert observer.scale().item() == pytest.approx(scale)
+    assert observer.zero_point().tolist() == [zero]  # type: ignore[union-attr]
+
+
 def test_ema_of_the_ranges() -> None:
     batches = [
         torch.randn(200, generator=torch.Generator().manual_seed(i)) * (i + 1) for i in (1, 2, 3)
@@ -172,8 +211,17 @@ def test_no_data_and_bad_data(kind: type[Observer]) -> None:
 def test_bad_settings_of_the_search() -> None:
     with pytest.raises(ValueError, match="momentum"):
         EMAMSE(4, momentum=1.0)
+    with pytest.raises(ValueError, match="momentum"):
+        EMAMinMax(4, momentum=-0.1)
     with pytest.raises(ValueError, match="steps"):
         EMAMSE(4, steps=101)
+    for name, kind in OBSERVERS.items():
+        if kind.asymmetric:
+            assert not kind(4, symmetric=False).symmetric
+        else:
+            with pytest.raises(ValueError, match="symmetric"):
+                kind(4, symmetric=False)
+        assert name in ("lsq", "power_of_two", "power_of_two_range") or kind.asymmetric
 
 
 def test_scale_for_range_takes_in_zero() -> None:
@@ -181,3 +229,50 @@ def test_scale_for_range_takes_in_zero() -> None:
     low, high = torch.tensor([-3.0]), torch.tensor([-1.0])
     assert scale_for_range(low, high, 4, True).item() == pytest.approx(3 / 7.5)
     assert scale_for_range(low, high, 4, False).item() == 0
+
+
+def test_affine_for_range() -> None:
+    low, high = torch.tensor([-1.0, -5.0, 2.0, 0.0]), torch.tensor([2.0, -1.0, 4.0, 0.0])
+    for signed, shift in ((False, 0), (True, -8)):
+        scale, zero = affine_for_range(low, high, 4, signed)
+        torch.testing.assert_close(scale, torch.tensor([3.0, 5.0, 4.0, 0.0]) / 15)
+        # 0 is taken into the range; a range of nothing has no scale, and zero point 0.
+        assert zero.tolist() == [5 + shift, 15 + shift, 0 + shift, 0]
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_merging_is_seeing_it_all(name: str, symmetric: bool) -> None:
+    kind = OBSERVERS[name]
+    if not symmetric and not kind.asymmetric:
+        return
+    torch.manual_seed(3)
+    # The sign shows in one half of the data alone; the halves differ in size of the values.
+    halves = [[torch.rand(40) * 3, torch.rand(50)], [torch.randn(40), torch.randn(30) * 9]]
+    observers = [kind(4, symmetric=symmetric) for _ in range(3)]
+    whole = kind(4, symmetric=symmetric)
+    for observer, batches in zip(observers, halves, strict=False):
+        for batch in batches:
+            observer.observe(batch)
+            whole.observe(batch)
+    states = [observer.state() for observer in observers]
+    for observer in observers:
+        observer.merge(states)
+    assert observers[2].count == 4 and observers[2].signed
+    scales = [observer.scale() for observer in observers]
+    assert all(torch.equal(scale, scales[0]) for scale in scales)
+    zeros = [observer.zero_point() for observer in observers]
+    assert (zeros[0] is None) == symmetric
+    if name.startswith("ema_"):
+        # A moving average has an order: merged it is the mean of both, as of 2 batches each.
+        alone = [kind(4, signed=True, symmetric=symmetric) for _ in halves]
+        for observer, batches in zip(alone, halves, strict=True):
+            for batch in batches:
+                observer.observe(batch)
+        ends = [observer._range() for observer in alone]  # type: ignore[attr-defined]
+        low, high = ((a + b) / 2 for a, b in zip(*ends, strict=True))
+        find = scale_for_range if symmetric else lambda *args: affine_for_range(*args)[0]
+        torch.testing.assert_close(scales[0], find(low, high, 4, True))
+    else:
+        torch.testing.assert_close(scales[0], whole.scale(), rtol=1e-6, atol=0)
+        assert symmetric or torch.equal(zeros[0], whole.zero_point())  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ from hqod_ops.quant import (
     QATLinear,
     Rule,
     calibrate,
+    load_float_state_dict,
     parameter_groups,
     prepare_qat,
     summary,
@@ -374,10 +375,27 @@ def test_summary_counts_and_prints() -> None:
     # Codes are -2..1: the weights -3 and 2 are clipped; 0, 0.1, -0.2, 0.5 and 0.04 round to 0.
     assert (row.weight_clipped, row.weight_zero) == (2 / 8, 5 / 8)
     table = str(summary(model)).splitlines()
-    assert len(table) == 3
+    assert len(table) == 4  # head, line, layer, sizes
     assert [len(summary(model)), row.type, row.act_signed] == [1, "Linear", (False,)]
     assert "25.0%" in table[2] and "62.5%" in table[2]
     assert len(summary(model)[0:1]) == 1
+
+
+def test_a_checkpoint_of_another_layout_names_the_keys() -> None:
+    state = calibrated().state_dict()
+    model = prepare_qat(Net(), QATConfig(4, 4, overrides=[Rule("up", weight_bits=32)]))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*up\.weight_quantizer\.scale"):
+        model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*head\.box\.input_quantizer\.scale"):
+        model.load_state_dict(Net().state_dict())
+    with pytest.raises(RuntimeError, match=r"body\.0\.weight_quantizer: code_range: .*2 bits"):
+        prepare_qat(Net(), "hqod_w2a2").load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"log2_threshold"):
+        prepare_qat(Net(), QATConfig(4, 4, weight_quantizer="tqt")).load_state_dict(state)
+    with pytest.raises(
+        KeyError, match=r"missing: .*body\.0\.bias.* and \d+ more, unknown: .*module"
+    ):
+        load_float_state_dict(model, {f"module.{key}": value for key, value in state.items()})
 
 
 class NoReads(TorchDispatchMode):

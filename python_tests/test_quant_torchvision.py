@@ -1,26 +1,39 @@
-"""The whole path on torchvision's detectors: shared heads, and control flow that defies tracing."""
+"""The whole path on detectors: shared heads, and control flow that defies tracing."""
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant import calibrate, parameter_groups, prepare_qat, summary
+from hqod_ops.quant import (
+    QATLayer,
+    calibrate,
+    float_state_dict,
+    load_float_state_dict,
+    parameter_groups,
+    prepare_qat,
+    summary,
+)
+from hqod_ops.quant.level_norm import LevelBatchNorm2d
+from hqod_ops.quant.plan import plan_qat
 
 pytestmark = pytest.mark.require("torchvision")
 
 
 SIZES = {"min_size": 64, "max_size": 64}
+CLASSIFICATION, REGRESSION = "head.classification_head.", "head.regression_head."
 
 
-def backbone() -> nn.Module:
-    """A narrow residual network with a feature pyramid of five levels."""
-    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+def body() -> nn.Sequential:
+    """A narrow residual network."""
     from torchvision.models.resnet import BasicBlock
 
     body = nn.Sequential()
@@ -30,8 +43,15 @@ def backbone() -> nn.Module:
         narrow = max(width // 2, 8)
         shortcut = nn.Sequential(nn.Conv2d(narrow, width, 1, stride=2), nn.BatchNorm2d(width))
         body.add_module(f"layer{index}", BasicBlock(narrow, width, 2, shortcut))
+    return body
+
+
+def backbone() -> nn.Module:
+    """With a feature pyramid of five levels."""
+    from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
     layers = {f"layer{index}": str(index - 1) for index in (1, 2, 3, 4)}
-    return BackboneWithFPN(body, layers, [8, 16, 32, 64], out_channels=32)
+    return BackboneWithFPN(body(), layers, [8, 16, 32, 64], out_channels=32)
 
 
 def anchors() -> Any:
@@ -40,10 +60,18 @@ def anchors() -> Any:
     return AnchorGenerator(((8,), (16,), (32,), (64,), (64,)), ((1.0,),) * 5)
 
 
-def retinanet() -> nn.Module:
+def retinanet(**changes: Any) -> nn.Module:
     from torchvision.models.detection import RetinaNet
 
-    return RetinaNet(backbone(), num_classes=3, anchor_generator=anchors(), **SIZES)
+    return RetinaNet(backbone(), num_classes=3, anchor_generator=anchors(), **SIZES, **changes)
+
+
+def aqd_retinanet() -> nn.Module:
+    """A head with a batch norm for each level."""
+    from torchvision.models.detection.retinanet import RetinaNetHead
+
+    norm = partial(LevelBatchNorm2d, levels=5)
+    return retinanet(head=RetinaNetHead(32, 1, 3, norm_layer=norm))
 
 
 def fcos() -> nn.Module:
@@ -54,8 +82,68 @@ def fcos() -> nn.Module:
 
 def faster_rcnn() -> nn.Module:
     from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
-    return FasterRCNN(backbone(), num_classes=3, rpn_anchor_generator=anchors(), **SIZES)
+    return FasterRCNN(
+        backbone(),
+        rpn_anchor_generator=anchors(),
+        box_head=TwoMLPHead(32 * 7 * 7, 16),
+        box_predictor=FastRCNNPredictor(16, 3),
+        **SIZES,
+    )
+
+
+def ssdlite() -> nn.Module:
+    from torchvision.models._utils import IntermediateLayerGetter
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+    from torchvision.models.detection.ssd import SSD
+    from torchvision.models.detection.ssdlite import SSDLiteHead
+
+    features = IntermediateLayerGetter(body(), {"layer3": "0", "layer4": "1"})
+    boxes = DefaultBoxGenerator([[2], [2]], min_ratio=20, max_ratio=90)
+    head = SSDLiteHead([32, 64], boxes.num_anchors_per_location(), 3, nn.BatchNorm2d)
+    return SSD(features, boxes, (64, 64), num_classes=3, head=head)
+
+
+class Trained(nn.Module):
+    """The project's ATSS, called as torchvision's detectors are."""
+
+    def __init__(self) -> None:
+        from hqod_ops.detection.atss import ATSS
+        from hqod_ops.detection.config import ModelConfig
+
+        super().__init__()
+        config = ModelConfig(stem=8, widths=(8, 8, 16), channels=8, head_depth=1, groups=2)
+        self.detector = ATSS(config, num_classes=3)
+
+    def forward(self, images: list[Tensor], targets: Any = None) -> Any:
+        from hqod_ops.detection.config import LossConfig
+
+        stack = (torch.stack(images) - 0.5) / 0.25
+        if targets is None:
+            return self.detector.detect(stack)
+        return self.detector.losses(stack, targets, LossConfig(hqod=True))
+
+
+RCNN = ("rpn.head.cls_logits", "rpn.head.bbox_pred")
+BOX = ("roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred")
+RETINA = (CLASSIFICATION + "cls_logits", REGRESSION + "bbox_reg")
+SSD = tuple(f"{head}module_list.{i}.1" for head in (CLASSIFICATION, REGRESSION) for i in (0, 1))
+
+# name: detector, first layer, prediction layers, levels of the layers whose names start with "head"
+DETECTORS: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...], int]] = {
+    "RetinaNet": (retinanet, "backbone.body.conv1", RETINA, 5),
+    "RetinaNet with AQD": (aqd_retinanet, "backbone.body.conv1", RETINA, 5),
+    "FCOS": (fcos, "backbone.body.conv1", (*RETINA, REGRESSION + "bbox_ctrness"), 5),
+    "Faster R-CNN": (faster_rcnn, "backbone.body.conv1", (*RCNN, *BOX), 5),
+    "SSDLite": (ssdlite, "backbone.conv1", SSD, 1),
+    "ATSS": (
+        Trained,
+        "detector.network.backbone.stem.0",
+        tuple(f"detector.network.head.{n}_pred" for n in ("cls", "box", "centerness")),
+        2,
+    ),
+}
 
 
 def batch(seed: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
@@ -65,13 +153,14 @@ def batch(seed: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
     return images, [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in images]
 
 
-def train(model: nn.Module, steps: int) -> list[float]:
+def train(model: nn.Module, steps: int, amp: bool = False) -> list[float]:
     optimizer = torch.optim.SGD(parameter_groups(model, weight_decay=1e-4), lr=1e-3, momentum=0.9)
     model.train()
     losses = []
     for index in range(steps):
         torch.manual_seed(index)
-        loss: Any = sum(model(*batch(0)).values())
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            loss: Any = sum(model(*batch(0)).values())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -80,58 +169,86 @@ def train(model: nn.Module, steps: int) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(
-    ("build", "predictions"),
-    [
-        (retinanet, ["head.classification_head.cls_logits", "head.regression_head.bbox_reg"]),
-        (
-            fcos,
-            [
-                "head.classification_head.cls_logits",
-                "head.regression_head.bbox_reg",
-                "head.regression_head.bbox_ctrness",
-            ],
-        ),
-    ],
-    ids=["RetinaNet", "FCOS"],
-)
-def test_one_stage_detector_from_float_to_trained(build: Any, predictions: list[str]) -> None:
-    model = prepare_qat(build(), "hqod_w4a4")
-    calibrate(model, [batch(1), batch(2)], progress=False)
+def made(name: str, preset: str = "hqod_w4a4", **changes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = prepare_qat(DETECTORS[name][0](), preset, **changes)
+    return calibrate(model, [batch(1), batch(2)], progress=False)
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_from_float_to_trained(name: str, tmp_path: Path) -> None:
+    build, first, predictions, levels = DETECTORS[name]
+    model = made(name)
     rows = {row.name: row for row in summary(model)}
     eight = [name for name, row in rows.items() if (row.weight_bits, row.act_bits) == (8, 8)]
-    assert sorted(eight) == sorted(["backbone.body.conv1", *predictions])
+    assert sorted(eight) == sorted([first, *predictions])
     assert all(
         (row.weight_bits, row.act_bits) == (4, 4) for n, row in rows.items() if n not in eight
     )
-    for name, row in rows.items():
-        assert len(row.act_scales) == (5 if name.startswith("head.") else 1), name
-    # The image is normalised, so signed; a ReLU is in front of each residual block.
-    assert rows["backbone.body.conv1"].act_signed == (True,)
-    assert rows["backbone.body.layer2.conv1"].act_signed == (False,)
+    for key, row in rows.items():
+        shared = ".head." in f".{key}"
+        assert len(row.act_scales) == (levels if shared else 1), key
+    # The image is normalised, so signed.
+    assert rows[first].act_signed == (True,)
 
     other = prepare_qat(build(), "hqod_w4a4")
-    other.load_state_dict(model.state_dict())
-    twin = copy.deepcopy(model)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other.load_state_dict(torch.load(tmp_path / "model.pt"))
+    twin, together = copy.deepcopy(model), made(name, foreach=True)
     losses = train(model, steps=4)
     assert all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0]
-    assert train(other, steps=1) == losses[:1]
-    assert train(twin, steps=1) == losses[:1]
+    for copied in (other, twin, together):
+        assert train(copied, steps=1) == losses[:1]
+    assert all(math.isfinite(loss) for loss in train(twin, steps=1, amp=True))
     model.eval()
     with torch.no_grad():
         detections = model(batch(0)[0])
     assert len(detections) == 2 and all(torch.isfinite(d["boxes"]).all() for d in detections)
 
 
-def test_faster_rcnn_is_known() -> None:
-    model = prepare_qat(faster_rcnn(), "hqod_w2a2")
-    calibrate(model, [batch(1)], progress=False)
-    eight = {row.name for row in summary(model) if row.act_bits == 8}
-    assert eight == {
-        "backbone.body.conv1",
-        "rpn.head.cls_logits",
-        "rpn.head.bbox_pred",
-        "roi_heads.box_predictor.cls_score",
-        "roi_heads.box_predictor.bbox_pred",
+@pytest.mark.parametrize("name", ["RetinaNet", "SSDLite"])
+def test_float_weights_come_and_go(name: str) -> None:
+    build = DETECTORS[name][0]
+    source, model = build(), made(name)
+    load_float_state_dict(model, source.state_dict())
+    state = float_state_dict(model)
+    assert all(torch.equal(value, state[key]) for key, value in source.state_dict().items())
+    build().load_state_dict(state)
+
+
+def test_edges_of_torchvisions_own_builders() -> None:
+    from torchvision.models import detection
+
+    expected = {
+        "retinanet_resnet50_fpn_v2": ("backbone.body.conv1", set(RETINA)),
+        "fcos_resnet50_fpn": (
+            "backbone.body.conv1",
+            {*RETINA, REGRESSION + "bbox_ctrness"},
+        ),
+        "fasterrcnn_mobilenet_v3_large_fpn": ("backbone.body.0.0", {*RCNN, *BOX}),
+        "maskrcnn_resnet50_fpn": (
+            "backbone.body.conv1",
+            {*RCNN, *BOX, "roi_heads.mask_predictor.mask_fcn_logits"},
+        ),
+        "keypointrcnn_resnet50_fpn": (
+            "backbone.body.conv1",
+            {*RCNN, *BOX, "roi_heads.keypoint_predictor.kps_score_lowres"},
+        ),
+        "ssd300_vgg16": (
+            "backbone.features.0",
+            {f"{h}module_list.{i}" for h in (CLASSIFICATION, REGRESSION) for i in range(6)},
+        ),
+        "ssdlite320_mobilenet_v3_large": (
+            "backbone.features.0.0.0",
+            {f"{h}module_list.{i}.1" for h in (CLASSIFICATION, REGRESSION) for i in range(6)},
+        ),
     }
-    assert all(math.isfinite(loss) for loss in train(model, steps=1))
+    for name, (first, predictions) in expected.items():
+        with torch.device("meta"):
+            model = getattr(detection, name)(weights=None, weights_backbone=None)
+        wrapped = nn.ModuleDict({"model": model})
+        for prefix, module in (("", model), ("model.", wrapped)):
+            plan = plan_qat(module)
+            eight = {name for name, layer in plan.items() if layer.weight_bits == 8}
+            assert eight == {prefix + layer for layer in (first, *predictions)}, name
+        assert not any(isinstance(m, QATLayer) for m in model.modules())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from hqod_ops.quant._run import call, evaluating
 from hqod_ops.quant.layers import QATLayer
-from hqod_ops.quant.quantizer import Quantizer, reset_levels
+from hqod_ops.quant.observers import gather
+from hqod_ops.quant.quantizer import Observed, Quantizer, reset_levels
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -21,6 +26,8 @@ def calibrate(
     *,
     forward: Callable[[_Model, Any], object] | None = None,
     progress: bool = True,
+    distributed: bool = True,
+    group: dist.ProcessGroup | None = None,
 ) -> _Model:
     """Set every scale of a prepared model, from its weights and from the inputs of its layers.
 
@@ -29,8 +36,9 @@ def calibrate(
     are set here too, so load a float checkpoint before.
 
     Batches should be training images, 256 in the official code, on the device of the model. In a
-    distributed run, calibrate in one process and load its state_dict in the others, before wrapping
-    the model.
+    distributed run every process calls it, with batches of its own or with none, before the model
+    is wrapped: what was seen is put together, and all processes get the same scales, to the bit
+    (those of the weights are the first process's).
 
     Args:
         model (nn.Module): a model from :func:`prepare_qat`.
@@ -38,13 +46,18 @@ def calibrate(
             of a tuple or list the first entry, a list of images (Tensor[C, H, W]) as a whole.
         forward (callable, optional): ``forward(model, batch)`` runs one batch. Default: None
         progress (bool): show a bar, if rich is installed. Default: True
+        distributed (bool): exchange what was seen where ``torch.distributed`` is initialised; False
+            for a process that calibrates alone. Default: True
+        group (ProcessGroup, optional): the processes that take part. Default: None, all
 
     Returns:
         nn.Module: the same object, in the training or eval mode it had.
 
     Raises:
-        ValueError: the model is not prepared, there was no batch, a layer was never reached (naming
-            it), or its input held NaN. The scales are then as they were.
+        ValueError: the model is not prepared, or wrapped in ``DistributedDataParallel``; there was
+            no batch, a layer was never reached (naming it), or its input held NaN. The scales are
+            then as they were.
+        RuntimeError: calibration failed in another process.
 
     Example:
         >>> import torch
@@ -55,45 +68,103 @@ def calibrate(
         >>> model[0].input_quantizer.codes()
         (0, 255)
     """
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, QATLayer)
-    }
-    if not layers:
-        raise ValueError("model: expected a model from prepare_qat, it has no quantized layer")
-    weights = _quantizers(layers, "weight_quantizer")
-    inputs = _quantizers(layers, "input_quantizer")
-    weight_scales = {name: _weight_scale(q, layers[name].weight) for name, q in weights.items()}
-    training = {module: module.training for module in model.modules()}
-    enabled = {quantizer: quantizer.enabled for quantizer in weights.values()}
-    try:
-        model.eval()
-        for quantizer in weights.values():
-            quantizer.enabled = False
-        for quantizer in inputs.values():
-            quantizer.start_observing()
-        if inputs:
-            _run(model, batches, forward, progress)
-        input_scales = {name: _input_scale(name, q) for name, q in inputs.items()}
-    finally:
-        for quantizer in inputs.values():
-            quantizer.stop_observing()
-        for quantizer, flag in enabled.items():
-            quantizer.enabled = flag
-        for module, mode in training.items():
-            module.training = mode
-    for name, quantizer in weights.items():
-        quantizer.set_scale(*weight_scales[name])
-    for name, quantizer in inputs.items():
-        quantizer.set_scale(*input_scales[name])
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model: expected a model that is not wrapped in DistributedDataParallel yet: "
+            "calibration changes the number of scales"
+        )
+    layers = [module for module in model.modules() if isinstance(module, QATLayer)]
+    weights = {m.weight_quantizer: m.weight for m in layers if m.weight_quantizer is not None}
+    inputs = [q for q in model.modules() if isinstance(q, Quantizer) and q not in weights]
+    if not weights and not inputs:
+        raise ValueError("model: expected a model from prepare_qat, it has no quantizer")
+
+    with evaluating(model), _observing(weights, inputs):
+        seen = _look(model, weights, inputs, batches, forward, progress)
+        everyone = gather(seen, group) if distributed else [seen]
+        _raise_failures(seen, everyone, bool(inputs))
+        _merge(inputs, everyone)
+        observed = [*everyone[0].weights, *(_input_scale(quantizer) for quantizer in inputs)]
+    for quantizer, values in zip([*weights, *inputs], observed, strict=True):
+        quantizer.set_scale(*values)
     return model
 
 
-def _quantizers(layers: dict[str, QATLayer], kind: str) -> dict[str, Quantizer]:
-    found = {name: getattr(layer, kind) for name, layer in layers.items()}
-    return {name: quantizer for name, quantizer in found.items() if quantizer is not None}
+@dataclass
+class _Seen:
+    """What one process saw, or why it failed."""
+
+    weights: list[Observed] = field(default_factory=list)
+    """What calibration is to set for each weight."""
+    inputs: list[list[Any]] = field(default_factory=list)
+    """The observers' statistics of every input and level."""
+    batches: int = 0
+    error: Exception | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Not every exception survives pickling; its text does.
+        error = None if self.error is None else RuntimeError(f"{self.error}")
+        return {**self.__dict__, "error": error}
 
 
-def _weight_scale(quantizer: Quantizer, weight: Tensor) -> tuple[Tensor, list[bool]]:
+@contextmanager
+def _observing(weights: Iterable[Quantizer], inputs: Iterable[Quantizer]) -> Iterator[None]:
+    """Weights unquantized, and observers at the inputs."""
+    enabled = {quantizer: quantizer.enabled for quantizer in weights}
+    try:
+        for quantizer in enabled:
+            quantizer.enabled = False
+        for quantizer in inputs:
+            quantizer.start_observing()
+        yield
+    finally:
+        for quantizer in inputs:
+            quantizer.stop_observing()
+        for quantizer, flag in enabled.items():
+            quantizer.enabled = flag
+
+
+def _look(
+    model: _Model,
+    weights: dict[Quantizer, Tensor],
+    inputs: list[Quantizer],
+    batches: Iterable[Any],
+    forward: Callable[[_Model, Any], object] | None,
+    progress: bool,
+) -> _Seen:
+    """The statistics of this process. An error is kept: the other processes wait for an answer."""
+    seen = _Seen()
+    try:
+        seen.weights = [_weight_scale(q, weight) for q, weight in weights.items()]
+        if inputs:
+            for batch in _progress(batches) if progress else batches:
+                reset_levels(model)
+                call(model, batch, forward)
+                seen.batches += 1
+        seen.inputs = [quantizer.observed_state() for quantizer in inputs]
+    except Exception as error:
+        seen.error = error
+    return seen
+
+
+def _raise_failures(seen: _Seen, everyone: list[_Seen], inputs: bool) -> None:
+    if seen.error is not None:
+        raise seen.error
+    for rank, other in enumerate(everyone):
+        if other.error is not None:
+            raise RuntimeError(f"calibration failed in process {rank}: {other.error}")
+    if inputs and not any(other.batches for other in everyone):
+        raise ValueError("batches: expected at least one batch, got none")
+
+
+def _merge(inputs: list[Quantizer], everyone: list[_Seen]) -> None:
+    """Give the observers what all processes saw."""
+    if len(everyone) > 1:
+        for index, quantizer in enumerate(inputs):
+            quantizer.merge_observed([other.inputs[index] for other in everyone])
+
+
+def _weight_scale(quantizer: Quantizer, weight: Tensor) -> Observed:
     quantizer.start_observing()
     try:
         quantizer(weight)
@@ -105,40 +176,15 @@ def _weight_scale(quantizer: Quantizer, weight: Tensor) -> tuple[Tensor, list[bo
     return observed
 
 
-def _input_scale(name: str, quantizer: Quantizer) -> tuple[Tensor, list[bool]]:
+def _input_scale(quantizer: Quantizer) -> Observed:
     observed = quantizer.observed_scale()
     if observed is None:
+        name = quantizer.label.removesuffix(".input_quantizer")
         raise ValueError(
             f"{name}: no data reached this layer in calibration; give a forward that runs it, or "
             f"leave it out with Rule({name!r}, skip=True)"
         )
     return observed
-
-
-def _run(
-    model: _Model,
-    batches: Iterable[Any],
-    forward: Callable[[_Model, Any], object] | None,
-    progress: bool,
-) -> None:
-    count = 0
-    for batch in _progress(batches) if progress else batches:
-        reset_levels(model)
-        if forward is None:
-            model(_inputs(batch))
-        else:
-            forward(model, batch)
-        count += 1
-    if not count:
-        raise ValueError("batches: expected at least one batch, got none")
-
-
-def _inputs(batch: Any) -> Any:
-    """What of a batch the model is called with."""
-    if not isinstance(batch, (tuple, list)) or not batch:
-        return batch
-    images = all(isinstance(entry, Tensor) and entry.dim() == 3 for entry in batch)
-    return batch if images and isinstance(batch, list) else batch[0]
 
 
 def _progress(batches: Iterable[Any]) -> Iterable[Any]:

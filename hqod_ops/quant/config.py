@@ -1,23 +1,29 @@
-"""What to quantize, and how: configuration, presets, and what they mean for a model's layers."""
+"""What to quantize, and how: the configuration, its rules and presets."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
+from hqod_ops.quant._choice import check_quantizer, default_init
+from hqod_ops.quant._table import bits_text, text_table
 from hqod_ops.quant.layers import TWINS
 from hqod_ops.quant.lsq import SCALE_MODES
 from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS
+from hqod_ops.quant.quantizers import QUANTIZERS
 
 FLOAT_BITS = 32
 """This number of bits means: not quantized."""
 
+BATCH_NORM_MODES = ("train", "freeze", "fold")
+
 Patterns = str | Sequence[str]
+Options = Mapping[str, Any]
 _LayerType = type[nn.Module]
 TYPE_NAMES = {kind.__name__: kind for kind in TWINS}
 
@@ -35,7 +41,19 @@ def _check_choice(name: str, value: str | None, allowed: Iterable[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
-def _as_tuple(patterns: Patterns) -> tuple[str, ...]:
+def _check_settings(settings: Rule | QATConfig) -> None:
+    """What rules and configurations have in common, each setting by itself."""
+    for name in ("weight_bits", "act_bits"):
+        _check_bits(name, getattr(settings, name))
+    for name in ("weight_init", "act_init"):
+        _check_choice(name, getattr(settings, name), OBSERVERS)
+    _check_choice("scale_mode", settings.scale_mode, SCALE_MODES)
+    for name in ("weight_quantizer", "act_quantizer"):
+        _check_choice(name, getattr(settings, name), QUANTIZERS)
+
+
+def as_tuple(patterns: Patterns) -> tuple[str, ...]:
+    """One pattern or several, as a tuple."""
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
@@ -44,7 +62,8 @@ class Rule:
     """Settings of some layers, other than those of the whole model.
 
     It applies to the layers that fit ``pattern`` and ``type``; at least one of them is needed. What
-    is None stays as it is.
+    is None stays as it is, but for the options of a quantizer that the rule changes: those start
+    from the defaults of the new one.
 
     Args:
         pattern (str, optional): full name of a layer, or a glob such as ``"head.*.conv?"`` where
@@ -54,6 +73,9 @@ class Rule:
         per_channel (bool, optional), weight_init (str, optional), act_init (str, optional): see
             :class:`QATConfig`.
         skip (bool, optional): leave the layer as it is, in float.
+        weight_quantizer (str, optional), act_quantizer (str, optional),
+            weight_options (mapping, optional), act_options (mapping, optional),
+            scale_mode (str, optional): see :class:`QATConfig`.
 
     Raises:
         ValueError: neither pattern nor type, bits outside 2..8, an unknown choice.
@@ -72,15 +94,17 @@ class Rule:
     weight_init: str | None = None
     act_init: str | None = None
     skip: bool | None = None
+    weight_quantizer: str | None = None
+    act_quantizer: str | None = None
+    weight_options: Options | None = field(default=None, hash=False)
+    act_options: Options | None = field(default=None, hash=False)
+    scale_mode: str | None = None
 
     def __post_init__(self) -> None:
         if self.pattern is None and self.type is None:
             raise ValueError("Rule: expected a pattern, a type or both, got neither")
         _check_choice("type", self.type, TYPE_NAMES)
-        _check_bits("weight_bits", self.weight_bits)
-        _check_bits("act_bits", self.act_bits)
-        _check_choice("weight_init", self.weight_init, OBSERVERS)
-        _check_choice("act_init", self.act_init, OBSERVERS)
+        _check_settings(self)
 
     def fits(self, name: str, kind: _LayerType) -> bool:
         """Whether the rule applies to a layer of this name and class."""
@@ -95,7 +119,8 @@ class QATConfig:
 
     All convolutions and linear layers get ``weight_bits`` and ``act_bits``; those named by
     ``first`` and ``prediction`` get ``edge_bits`` for both, weight and input; then the rules of
-    ``overrides`` apply, the later over the earlier.
+    ``overrides`` apply, the later over the earlier. ``print`` shows it as a table; what it means
+    for each layer of a model is shown by :func:`hqod_ops.quant.plan_qat`.
 
     Args:
         weight_bits (int), act_bits (int): bits of weights and of layer inputs, 2 to 8, or 32 for
@@ -107,13 +132,27 @@ class QATConfig:
             :func:`hqod_ops.quant.prepare_qat`)
         overrides (sequence of Rule): exceptions. Default: none
         per_channel (bool): one weight scale per output channel, not one per tensor. Default: False
-        weight_init (str): initial weight scale, ``"minmax"`` or ``"lsq"`` (2 mean|w| / sqrt(qmax),
-            the official choice for 2 bits), also ``"ema_mse"``. Default: ``"minmax"``
-        act_init (str): initial scale of the inputs, of the same choices. Default: ``"ema_mse"``
-        scale_mode (str): see :class:`hqod_ops.quant.LSQ`. Default: ``"abs"``
+        weight_init (str, optional): initial weight scale, ``"minmax"`` or ``"lsq"``
+            (2 mean|w| / sqrt(qmax), the official choice for 2 bits), or another of
+            :data:`hqod_ops.quant.OBSERVERS`. Default: None, the quantizer's own (TQT's power of
+            two), else ``"minmax"``
+        act_init (str, optional): initial scale of the inputs, of the same choices. Default: None,
+            the quantizer's own, else ``"ema_mse"``
+        scale_mode (str): see :class:`hqod_ops.quant.LSQ`; for the quantizers that have it.
+            Default: ``"abs"``
+        weight_quantizer (str), act_quantizer (str): of :data:`hqod_ops.quant.QUANTIZERS`.
+            Default: ``"lsq"``
+        weight_options (mapping), act_options (mapping): further arguments of these quantizers, such
+            as ``{"grad_scale": 1.0}`` of LSQ. Default: none
+        batch_norm (str): ``"train"``, as the official code; ``"freeze"``, the running statistics
+            stay as they are (:func:`hqod_ops.quant.freeze_batch_norm`); ``"fold"``, into the
+            convolutions (:func:`hqod_ops.quant.fold_batch_norm`). Default: ``"train"``
+        foreach (bool): quantize all weights of the model in one call at the start of its forward
+            pass, with identical results. Default: False
 
     Raises:
-        ValueError: bits outside 2..8, or an unknown choice.
+        ValueError: bits outside 2..8, an unknown choice, a quantizer that does not fit its role,
+            per-channel scales, or its options.
 
     Source: the placement and presets of the HQOD code (arXiv:2408.02561).
 
@@ -122,6 +161,14 @@ class QATConfig:
         >>> config = QATConfig(2, 2, weight_init="lsq", overrides=[Rule("neck.*", act_bits=4)])
         >>> config.overrides[0].act_bits
         4
+        >>> print(config)
+        layers      weight                 input
+        ----------  ---------------------  -------------------------
+        all         2 bits, lsq, init lsq  2 bits, lsq, init ema_mse
+        first       8 bits                 8 bits
+        prediction  8 bits                 8 bits
+        neck.*                             4 bits
+        batch norm: train; weights quantized one by one
     """
 
     weight_bits: int = 4
@@ -131,62 +178,80 @@ class QATConfig:
     prediction: Patterns | None = None
     overrides: Sequence[Rule] = ()
     per_channel: bool = False
-    weight_init: str = "minmax"
-    act_init: str = "ema_mse"
+    weight_init: str | None = None
+    act_init: str | None = None
     scale_mode: str = "abs"
+    weight_quantizer: str = "lsq"
+    act_quantizer: str = "lsq"
+    weight_options: Options = field(default_factory=dict, hash=False)
+    act_options: Options = field(default_factory=dict, hash=False)
+    batch_norm: str = "train"
+    foreach: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("weight_bits", "act_bits", "edge_bits"):
-            _check_bits(name, getattr(self, name))
-        _check_choice("weight_init", self.weight_init, OBSERVERS)
-        _check_choice("act_init", self.act_init, OBSERVERS)
-        _check_choice("scale_mode", self.scale_mode, SCALE_MODES)
+        _check_settings(self)
+        _check_bits("edge_bits", self.edge_bits)
+        _check_choice("batch_norm", self.batch_norm, BATCH_NORM_MODES)
+        if self.weight_bits != FLOAT_BITS:
+            check_quantizer("weight", self.weight_quantizer, self.weight_options, self.per_channel)
+        if self.act_bits != FLOAT_BITS:
+            check_quantizer("act", self.act_quantizer, self.act_options)
         for name in ("first", "prediction"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _as_tuple(value))
+                object.__setattr__(self, name, as_tuple(value))
         object.__setattr__(self, "overrides", tuple(self.overrides))
+
+    def __str__(self) -> str:
+        rows = [["all", *(_describe(self, kind) for kind in ("weight", "act"))]]
+        edge = f"{bits_text(self.edge_bits)} bits"
+        for name in ("first", "prediction"):
+            patterns = getattr(self, name)
+            if patterns != ():
+                rows.append([name if patterns is None else " ".join(patterns), edge, edge])
+        for rule in self.overrides:
+            where = " ".join(part for part in (rule.pattern, rule.type) if part is not None)
+            cells = [_describe(rule, kind) for kind in ("weight", "act")]
+            rows.append([where, *(["float", "float"] if rule.skip else cells)])
+        together = "together" if self.foreach else "one by one"
+        return (
+            text_table(["layers", "weight", "input"], rows)
+            + f"\nbatch norm: {self.batch_norm}; weights quantized {together}"
+        )
+
+
+def _describe(settings: Rule | QATConfig, kind: str) -> str:
+    """The settings of weights or inputs in words; what a rule leaves alone is left out."""
+    bits = getattr(settings, f"{kind}_bits")
+    if bits == FLOAT_BITS:
+        return "float"
+    init = getattr(settings, f"{kind}_init")
+    if init is None and isinstance(settings, QATConfig):
+        init = default_init(kind, getattr(settings, f"{kind}_quantizer"))
+    options = getattr(settings, f"{kind}_options") or {}
+    words = [
+        None if bits is None else f"{bits} bits",
+        getattr(settings, f"{kind}_quantizer"),
+        None if init is None else f"init {init}",
+        *(f"{name} {value}" for name, value in options.items()),
+    ]
+    if kind == "weight" and settings.per_channel is not None:
+        words.append("per channel" if settings.per_channel else None)
+    return ", ".join(word for word in words if word is not None)
 
 
 PRESETS: dict[str, QATConfig] = {
     "hqod_w4a4": QATConfig(4, 4),
     "hqod_w2a2": QATConfig(2, 2, weight_init="lsq"),
+    "hqod_w2a2_minmax": QATConfig(2, 2),
+    "tqt_w4a4": QATConfig(4, 4, weight_quantizer="tqt_frozen", act_quantizer="tqt_frozen"),
+    "tqt_w2a2": QATConfig(2, 2, weight_quantizer="tqt_frozen", act_quantizer="tqt_frozen"),
     "w8a8": QATConfig(8, 8),
 }
-"""``hqod_w4a4`` and ``hqod_w2a2`` as the HQOD code has them for ATSS (at 2 bits with LSQ's weight
-initialisation); ``w8a8`` has 8 bits everywhere."""
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """The settings of one layer, after all rules."""
-
-    weight_bits: int
-    act_bits: int
-    per_channel: bool
-    weight_init: str
-    act_init: str
-    scale_mode: str
-
-
-_SETTINGS = ("weight_bits", "act_bits", "per_channel", "weight_init", "act_init")
-
-# Prediction layers of torchvision's detectors, by class name; their first convolution is the first
-# one registered.
-_TORCHVISION_PREDICTION = {
-    "RetinaNet": ("head.classification_head.cls_logits", "head.regression_head.bbox_reg"),
-    "FCOS": (
-        "head.classification_head.cls_logits",
-        "head.regression_head.bbox_reg",
-        "head.regression_head.bbox_ctrness",
-    ),
-    "FasterRCNN": (
-        "rpn.head.cls_logits",
-        "rpn.head.bbox_pred",
-        "roi_heads.box_predictor.cls_score",
-        "roi_heads.box_predictor.bbox_pred",
-    ),
-}
+"""As the HQOD code has them: ``hqod_w4a4``, ``hqod_w2a2`` (the weights start from LSQ's scale, for
+ATSS, RetinaNet-R50 and YOLOX) and ``hqod_w2a2_minmax`` (from their range, for RetinaNet-R18);
+``tqt_w4a4`` and ``tqt_w2a2`` (powers of two that are not trained, for ATSS; rounding half to even
+everywhere). ``w8a8`` has 8 bits everywhere."""
 
 
 def get_config(config: QATConfig | str) -> QATConfig:
@@ -209,98 +274,8 @@ def get_config(config: QATConfig | str) -> QATConfig:
     return PRESETS[config]
 
 
-def plan_layers(
-    model: nn.Module, layers: dict[str, type[nn.Module]], config: QATConfig
-) -> dict[str, LayerPlan]:
-    """The settings of every layer that is to be quantized.
-
-    Args:
-        model (nn.Module): asked for its edge layers where config does not name them.
-        layers (dict of str to class): the layers that have a twin, in order, with their classes.
-        config (QATConfig): first, prediction and overrides are checked against the layers.
-
-    Returns:
-        dict of str to LayerPlan: a skipped layer is missing.
-
-    Raises:
-        ValueError: a pattern fits no layer, or the edge layers are not known.
-    """
-    edges = _edge_patterns(model, layers, config)
-    for argument, pattern in [
-        *edges,
-        *(("overrides", rule.pattern) for rule in config.overrides if rule.pattern is not None),
-    ]:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise ValueError(_no_such_layer(argument, pattern, layers))
-    rules = [
-        *(
-            Rule(pattern, weight_bits=config.edge_bits, act_bits=config.edge_bits)
-            for _, pattern in edges
-        ),
-        *config.overrides,
-    ]
-    plans: dict[str, LayerPlan] = {}
-    for name, kind in layers.items():
-        plan = LayerPlan(
-            scale_mode=config.scale_mode, **{key: getattr(config, key) for key in _SETTINGS}
-        )
-        skip = False
-        for rule in rules:
-            if rule.fits(name, kind):
-                changes = {key: getattr(rule, key) for key in _SETTINGS}
-                plan = dataclasses.replace(
-                    plan, **{key: value for key, value in changes.items() if value is not None}
-                )
-                skip = skip if rule.skip is None else rule.skip
-        if not skip and (plan.weight_bits, plan.act_bits) != (FLOAT_BITS, FLOAT_BITS):
-            plans[name] = plan
-    return plans
-
-
-def _edge_patterns(
-    model: nn.Module, layers: dict[str, type[nn.Module]], config: QATConfig
-) -> list[tuple[str, str]]:
-    """(argument, pattern) of the first and the prediction layers."""
-    if config.edge_bits == config.weight_bits == config.act_bits:
-        known: dict[str, tuple[str, ...]] = {"first": (), "prediction": ()}
-    else:
-        known = _known_edges(model, layers)
-    edges: list[tuple[str, str]] = []
-    for argument in ("first", "prediction"):
-        patterns = getattr(config, argument)
-        if patterns is None:
-            patterns = known.get(argument)
-        if patterns is None:
-            raise ValueError(
-                f"{argument}: the layers with {config.edge_bits} bits are not known for a "
-                f"{type(model).__name__}; name them, or give () for none"
-            )
-        edges += [(argument, pattern) for pattern in patterns]
-    return edges
-
-
-def _known_edges(
-    model: nn.Module, layers: dict[str, type[nn.Module]]
-) -> dict[str, tuple[str, ...]]:
-    """The edge layers that a model declares, or those of torchvision's detectors."""
-    known = {
-        key: _as_tuple(getattr(model, attribute))
-        for key, attribute in (("first", "qat_first"), ("prediction", "qat_prediction"))
-        if hasattr(model, attribute)
-    }
-    for kind in type(model).__mro__:
-        if kind.__module__.startswith("torchvision.") and kind.__name__ in _TORCHVISION_PREDICTION:
-            known.setdefault("prediction", _TORCHVISION_PREDICTION[kind.__name__])
-            known.setdefault("first", tuple(layers)[:1])
-            break
-    return known
-
-
-def _no_such_layer(argument: str, pattern: str, layers: dict[str, type[nn.Module]]) -> str:
-    inside = [name for name in layers if name.startswith(f"{pattern}.")]
-    if inside:
-        hint = f"it names a container: did you mean {pattern + '.*'!r}?"
-    else:
-        close = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.0)
-        hint = f"the closest are {', '.join(map(repr, close))}" if close else "the model has none"
-    return f"{argument}: no convolution or linear layer fits the pattern {pattern!r}; {hint}"
+def changed(config: QATConfig, **changes: Any) -> QATConfig:
+    """The configuration with the changes that are not None."""
+    return dataclasses.replace(
+        config, **{name: value for name, value in changes.items() if value is not None}
+    )

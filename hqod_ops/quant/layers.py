@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hqod_ops.quant.quantizer import Quantizer
+
+if TYPE_CHECKING:
+    from hqod_ops.quant.foreach import SharedWeight
 
 _Self = TypeVar("_Self", bound="QATLayer")
 
@@ -33,6 +37,8 @@ class QATLayer(nn.Module):
     weight: Tensor
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
+    shared_weight: SharedWeight | None = None
+    """Where a model that quantizes all its weights together puts that of this layer."""
 
     @classmethod
     def from_float(
@@ -75,11 +81,20 @@ class QATLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weight on its quantizer's grid."""
+        if self.shared_weight is not None:
+            shared = self.shared_weight.take()
+            if shared is not None:
+                return shared
         return _apply(self.weight_quantizer, self.weight)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """x on the grid of the input quantizer; one call of the layer."""
         return _apply(self.input_quantizer, x)
+
+
+def in_backward() -> bool:
+    """Whether this runs within a backward pass, as calls that activation checkpointing repeats."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _apply(quantizer: Quantizer | None, x: Tensor) -> Tensor:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from hqod_ops.quant.linear_scale import EPS, SCALE_MODES, LinearScale
 
-from hqod_ops.functional import fake_quant
-from hqod_ops.quant.quantizer import Quantizer
-
-SCALE_MODES = ("abs", "clamp", "softplus", "raw")
-EPS = torch.finfo(torch.float32).eps
-"""Lower bound of a scale (float32's machine epsilon, as in the official code)."""
+__all__ = ["EPS", "LSQ", "SCALE_MODES"]
 
 
-class LSQ(Quantizer):
+class LSQ(LinearScale):
     """Learned step size quantization: the scale is trained with the weights.
 
     ``y = clamp(round(x / s), qmin, qmax) * s`` by :func:`hqod_ops.fake_quant`, where the gradient
@@ -37,6 +31,8 @@ class LSQ(Quantizer):
     Raises:
         ValueError: bits is outside 2..8, or scale_mode or observer is unknown.
 
+    Gradient: that of :func:`hqod_ops.fake_quant`.
+
     Source: LSQ (arXiv:1902.08153), with the details of the HQOD code.
 
     Example:
@@ -47,61 +43,3 @@ class LSQ(Quantizer):
         >>> quantizer(torch.tensor([-1.2, -0.3, 0.26, 1.5])).tolist()
         [-0.800000011920929, -0.4000000059604645, 0.4000000059604645, 0.4000000059604645]
     """
-
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        channels: int = 1,
-        observer: str = "ema_mse",
-        scale_mode: str = "abs",
-        grad_scale: float | str | None = "lsq",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            bits,
-            signed=signed,
-            ch_axis=ch_axis,
-            channels=channels,
-            observer=observer,
-            device=device,
-            dtype=dtype,
-        )
-        if scale_mode not in SCALE_MODES:
-            raise ValueError(
-                f"scale_mode: expected one of {', '.join(SCALE_MODES)}, got {scale_mode!r}"
-            )
-        self.scale_mode, self.grad_scale = scale_mode, grad_scale
-
-    def effective_scale(self, level: int = 0) -> Tensor:
-        value: Tensor = self.scale
-        if self.levels > 1:
-            value = value[level] if value.dim() > 1 else value[level : level + 1]
-        if self.scale_mode == "abs":
-            return value.abs().clamp(min=EPS)
-        if self.scale_mode == "clamp":
-            return value.detach().clamp(min=EPS) + (value - value.detach())
-        if self.scale_mode == "softplus":
-            return torch.nn.functional.softplus(value).clamp(min=EPS)
-        return value
-
-    def _quantize(self, x: Tensor, level: int) -> Tensor:
-        quant_min, quant_max = self.codes(level)
-        return fake_quant(
-            x,
-            self.effective_scale(level),
-            quant_min=quant_min,
-            quant_max=quant_max,
-            ch_axis=self.ch_axis,
-            grad_scale=self.grad_scale,
-        )
-
-    def _encode(self, scale: Tensor) -> Tensor:
-        # The inverse of softplus, in the form that does not overflow.
-        return scale + (-torch.expm1(-scale)).log() if self.scale_mode == "softplus" else scale
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale_mode={self.scale_mode!r}"

@@ -105,10 +105,17 @@ def load_float_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> No
     """
     prefixes = _quantizer_prefixes(model)
     expected = {name for name in model.state_dict() if not name.startswith(prefixes)}
-    missing, unknown = sorted(expected - set(state_dict)), sorted(set(state_dict) - expected)
+    missing, unknown = expected - set(state_dict), set(state_dict) - expected
     if missing or unknown:
         raise KeyError(
-            f"state_dict: expected the keys of the float model; missing: {missing}, "
-            f"unknown: {unknown}"
+            f"state_dict: expected the keys of the float model; missing: {_names(missing)}, "
+            f"unknown: {_names(unknown)}"
         )
     model.load_state_dict(state_dict, strict=False)
+
+
+def _names(keys: set[str], most: int = 6) -> str:
+    """Keys as a list, of many the first."""
+    listed = sorted(keys)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return f"{listed[:most]}{more}"

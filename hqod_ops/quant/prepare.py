@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from hqod_ops.quant.config import (
-    FLOAT_BITS,
-    LayerPlan,
-    Patterns,
-    QATConfig,
-    get_config,
-    plan_layers,
-)
+from hqod_ops.quant._choice import make_quantizer
+from hqod_ops.quant.batch_norm import fold_batch_norm, freeze_batch_norm
+from hqod_ops.quant.config import FLOAT_BITS, Patterns, QATConfig, changed, get_config
+from hqod_ops.quant.foreach import WeightPool
 from hqod_ops.quant.layers import TWINS, QATLayer
-from hqod_ops.quant.lsq import LSQ
+from hqod_ops.quant.level_norm import LevelBatchNorm2d
+from hqod_ops.quant.plan import LayerPlan, float_layers, plan_layers
 from hqod_ops.quant.quantizer import Quantizer
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -30,29 +25,43 @@ def prepare_qat(
     *,
     first: Patterns | None = None,
     prediction: Patterns | None = None,
+    foreach: bool | None = None,
+    example: Any = None,
 ) -> _Model:
     """Turn a float model into a QAT model, in place.
 
     Every ``Conv2d``, ``ConvTranspose2d`` and ``Linear`` becomes its twin (:class:`QATLayer`), which
     fake-quantizes its weight and its input; nothing is traced, so any control flow works. Batch
-    normalisation is left as it is, and trains. Next, run :func:`calibrate`; until then, the model
-    raises an error when it is called.
+    normalisation is left as it is, and trains, unless ``config.batch_norm`` says otherwise. Next,
+    run :func:`calibrate`; until then, the model raises an error when it is called.
+    :func:`plan_qat` shows what will be done.
 
     The first convolution, with the image as its input, and the prediction layers get
     ``config.edge_bits`` bits. They are those of ``first`` and ``prediction`` here or in config;
     else those that the model declares in its attributes ``qat_first`` and ``qat_prediction`` (names
-    or globs); else those known of torchvision's RetinaNet, FCOS and Faster R-CNN.
+    or globs), or parts of it; else those known of torchvision's RetinaNet, FCOS, SSD, SSDLite and
+    Faster, Mask and Keypoint R-CNN.
 
     A layer called several times in one forward pass, such as a head shared by FPN levels, gets one
     input scale per call. Its calls are counted from the start of the forward pass of *this* model,
     so prepare the model that the training loop calls.
 
+    With ``foreach`` the weights are quantized in as few calls of
+    :func:`hqod_ops.fake_quant_foreach` as there are kinds of quantizers, once at the start of the
+    forward pass of this model, also that of a layer that is called several times. Results and
+    gradients are the same, but for the order in which the gradients of such a layer are summed up.
+    It saves the fixed cost of a call a layer, so it helps where there are many small layers; the
+    quantized weights and their gradients are all held at once. Under ``torch.compile`` a layer that
+    control flow leaves out gets a gradient of 0, not None.
+
     Args:
         model (nn.Module): a float model, with its weights.
         config (QATConfig or str): a configuration, or the preset ``"hqod_w4a4"``,
-            ``"hqod_w2a2"`` or ``"w8a8"``. Default: ``"hqod_w4a4"``
-        first (str or sequence of str, optional), prediction (str or sequence of str, optional): in
-            place of those of config. Default: None
+            ``"hqod_w2a2"``, ``"w8a8"`` or another of :data:`PRESETS`. Default: ``"hqod_w4a4"``
+        first (str or sequence of str, optional), prediction (str or sequence of str, optional),
+            foreach (bool, optional): in place of those of config. Default: None
+        example (optional): a batch, such as :func:`calibrate` takes them, for
+            ``batch_norm="fold"``, which must see the model run. Default: None
 
     Returns:
         nn.Module: the same object. Parameters keep their objects and names, so optimizers made
@@ -60,7 +69,9 @@ def prepare_qat(
 
     Raises:
         ValueError: unknown preset, a pattern that fits no layer (naming the closest), edge layers
-            not known, or a model that is already prepared or has no layer to quantize.
+            not known, a quantizer that does not fit its role, its scheme or its options, folding
+            without an example, or a model that is already prepared or has no layer to quantize. The
+            model is then as it was.
         TypeError: config is neither a QATConfig nor a str.
 
     Source: the placement of quantizers of the HQOD code (arXiv:2408.02561).
@@ -72,81 +83,102 @@ def prepare_qat(
         >>> type(prepare_qat(model, "hqod_w2a2", first="0", prediction="2")[0]).__name__
         'QATConv2d'
     """
-    config = get_config(config)
-    config = dataclasses.replace(
-        config,
-        first=config.first if first is None else first,
-        prediction=config.prediction if prediction is None else prediction,
-    )
-    layers = _layers(model)
-    plans = plan_layers(model, {name: type(layer) for name, layer in layers.items()}, config)
-    if not plans:
-        raise ValueError(f"model: expected a layer to quantize, {type(model).__name__} has none")
-    quantizers = []
-    for name, plan in plans.items():
-        layer = _convert(layers[name], name, plan)
-        if layer.input_quantizer is not None:
-            quantizers.append(layer.input_quantizer)
-    # A plain list, not registered as submodules; deepcopy maps its entries to their copies.
-    model.__dict__["_hqod_input_quantizers"] = quantizers
+    config = changed(get_config(config), first=first, prediction=prediction, foreach=foreach)
+    layers = float_layers(model)
+    plan = plan_layers(model, layers, config)
+    # All quantizers first: an error must leave the model as it was.
+    quantizers = {name: _quantizers(layers[name], name, p) for name, p in plan.items()}
+    if config.batch_norm == "fold":
+        if example is None:
+            raise ValueError('example: expected a batch for batch_norm="fold", got None')
+        fold_batch_norm(model, example)
+    elif config.batch_norm == "freeze":
+        freeze_batch_norm(model)
+    for name, (weight_quantizer, input_quantizer) in quantizers.items():
+        if plan[name].quantized:
+            TWINS[type(layers[name])].from_float(
+                layers[name], weight_quantizer=weight_quantizer, input_quantizer=input_quantizer
+            )
+    track_calls(model)
     model.register_forward_pre_hook(_start_forward)
+    if config.foreach:
+        weights = [m for m in model.modules() if isinstance(m, QATLayer) and m.weight_quantizer]
+        model.__dict__["_hqod_weights"] = WeightPool(weights)
+        model.register_forward_pre_hook(_open_weights)
+        model.register_forward_hook(_close_weights, always_call=True)
     return model
+
+
+def track_calls(model: nn.Module) -> None:
+    """Note which modules of a prepared model count their calls: quantizers of inputs, level norms.
+
+    To be called again when quantizers were added or moved.
+
+    Args:
+        model (nn.Module): the model that was given to :func:`prepare_qat`.
+    """
+    weights = {m.weight_quantizer for m in model.modules() if isinstance(m, QATLayer)}
+    # A plain attribute, not registered as submodules; deepcopy maps its entries to their copies.
+    model.__dict__["_hqod_counting"] = [
+        module
+        for module in model.modules()
+        if isinstance(module, (Quantizer, LevelBatchNorm2d)) and module not in weights
+    ]
 
 
 def _start_forward(model: nn.Module, args: Any) -> None:
     """Forward pre-hook of a prepared model. It finds its quantizers on the model it is given, so
     that in a copy of the model it resets the copy's."""
-    for quantizer in model.__dict__["_hqod_input_quantizers"]:
-        quantizer.reset_level()
+    for module in model.__dict__["_hqod_counting"]:
+        module.reset_level()
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have a twin, by name."""
-    layers: dict[str, nn.Module] = {}
-    odd: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, (QATLayer, Quantizer)):
-            raise ValueError(
-                "model: expected a float model, "
-                f"{name or type(model).__name__!r} is prepared already"
-            )
-        if type(module) in TWINS:
-            layers[name] = module
-        elif isinstance(module, tuple(TWINS)):
-            odd.append(f"{name} ({type(module).__name__})")
-    if odd:
-        warnings.warn(
-            f"layers of a subclass of Conv2d, ConvTranspose2d or Linear stay in float: "
-            f"{', '.join(odd)}",
-            stacklevel=3,
-        )
-    return layers
+def _open_weights(model: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a model whose weights are quantized together."""
+    model.__dict__["_hqod_weights"].open()
 
 
-def _convert(layer: nn.Module, name: str, plan: LayerPlan) -> QATLayer:
+def _close_weights(model: nn.Module, args: Any, output: Any) -> None:
+    model.__dict__["_hqod_weights"].close()
+
+
+def _quantizers(
+    layer: nn.Module, name: str, plan: LayerPlan
+) -> tuple[Quantizer | None, Quantizer | None]:
+    """The quantizers of a layer's weight and input."""
     twin = TWINS[type(layer)]
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    place: dict[str, Any] = {"device": weight.device, "dtype": dtype}
+    place: dict[str, Any] = {
+        "device": weight.device,
+        "dtype": dtype,
+        "scale_mode": plan.scale_mode,
+    }
     weight_quantizer = input_quantizer = None
-    if plan.weight_bits != FLOAT_BITS:
-        axis = twin.weight_ch_axis if plan.per_channel else None
-        weight_quantizer = LSQ(
-            plan.weight_bits,
-            signed=True,
-            ch_axis=axis,
-            channels=1 if axis is None else weight.shape[axis],
-            observer=plan.weight_init,
-            scale_mode=plan.scale_mode,
-            **place,
-        )
-        weight_quantizer.label = f"{name}.weight_quantizer".lstrip(".")
-    if plan.act_bits != FLOAT_BITS:
-        input_quantizer = LSQ(
-            plan.act_bits, observer=plan.act_init, scale_mode=plan.scale_mode, **place
-        )
-        input_quantizer.label = f"{name}.input_quantizer".lstrip(".")
-    return twin.from_float(
-        layer, weight_quantizer=weight_quantizer, input_quantizer=input_quantizer
-    )
+    try:
+        if plan.weight_bits != FLOAT_BITS:
+            axis = twin.weight_ch_axis if plan.per_channel else None
+            weight_quantizer = make_quantizer(
+                plan.weight_quantizer,
+                plan.weight_bits,
+                options=plan.weight_options,
+                signed=True,
+                ch_axis=axis,
+                channels=1 if axis is None else weight.shape[axis],
+                observer=plan.weight_init,
+                **place,
+            )
+            weight_quantizer.label = f"{name}.weight_quantizer".lstrip(".")
+        if plan.act_bits != FLOAT_BITS:
+            input_quantizer = make_quantizer(
+                plan.act_quantizer,
+                plan.act_bits,
+                options=plan.act_options,
+                observer=plan.act_init,
+                **place,
+            )
+            input_quantizer.label = f"{name}.input_quantizer".lstrip(".")
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    return weight_quantizer, input_quantizer

@@ -1,29 +1,50 @@
-"""The base of all quantizers: state, calibration, and one scale per level in shared layers."""
+"""The base of all quantizers: calibration, and one scale per level in shared layers."""
 
 from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hqod_ops.functional import fake_quant
+from hqod_ops.quant.levels import Calls
 from hqod_ops.quant.observers import OBSERVERS, Observer, check_bits, code_range
+from hqod_ops.quant.scale_state import Codes, ScaleState
 
-UNCALIBRATED = (0, 0)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": nn.functional.relu,
+    "relu6": nn.functional.relu6,
+}
+"""The activations that :func:`hqod_ops.fake_quant` takes in."""
 
 
-class Quantizer(nn.Module, ABC):
-    """Fake-quantizes one tensor of a layer; the base of :class:`hqod_ops.quant.LSQ`.
+class Observed(NamedTuple):
+    """What calibration found, as :meth:`Quantizer.set_scale` takes it."""
 
-    **State.** ``scale`` (parameter) is Tensor[1], Tensor[C] with a channel axis, and with L > 1
-    levels Tensor[L] or Tensor[L, C]. ``code_range`` (buffer, int32 [L, 2]) holds the smallest and
-    largest code of each level; it says in the state_dict that the quantizer is calibrated (else it
-    is 0), which sign was found and how many bits the scale is for. It has a mirror in Python, so
-    that a forward pass never reads a value from a device. Loading a state_dict takes over the
-    number of levels, in the same parameter object, so an optimizer made earlier stays valid.
+    scale: Tensor
+    """Tensor[1] or Tensor[C]; with L > 1 levels Tensor[L] or Tensor[L, C]."""
+    signed: list[bool]
+    """Sign of the codes of each level."""
+    zero_point: Tensor | None = None
+    """Whole zero points in the shape of the scale; None if symmetric."""
+
+
+class Quantizer(ScaleState, ABC):
+    """Fake-quantizes one tensor of a layer; the base of :class:`hqod_ops.quant.LSQ` and the others.
+
+    The result lies on a grid: ``y = (k - z) * s`` with a whole k in :meth:`codes`, s
+    :meth:`effective_scale` and z :meth:`effective_zero_point`.
+
+    **State.** What is learned or found in calibration, such as ``scale``, is one value: Tensor[1],
+    Tensor[C] with a channel axis, and with L > 1 levels Tensor[L] or Tensor[L, C]; a parameter if
+    it is trained, else a buffer. The buffer ``code_range`` says whether the quantizer is
+    calibrated, which sign was found and how many bits the state is for. Loading a state_dict takes
+    over the number of levels, in the same parameter objects, so an optimizer made earlier stays
+    valid.
 
     **Levels.** A layer that is called several times in one forward pass of the prepared model, such
     as a head shared by the levels of an FPN, has one scale per call, in the order of calls. The
@@ -38,15 +59,29 @@ class Quantizer(nn.Module, ABC):
         ch_axis (int, optional): axis with a scale of its own for every index. Default: None, one
             scale for all
         channels (int): size of that axis. Default: 1
-        observer (str): ``"minmax"``, ``"lsq"`` or ``"ema_mse"``. Default: ``"ema_mse"``
-        device, dtype: of the scale.
+        observer (str): a name of :data:`hqod_ops.quant.OBSERVERS`. Default: ``"ema_mse"``
+        device, dtype: of the state.
 
     Raises:
-        ValueError: bits is outside 2..8, or the observer is unknown.
+        ValueError: bits is outside 2..8, the observer is unknown or finds no zero point where one
+            is wanted, or a channel axis where the quantizer has one scale for all.
     """
 
-    scale: nn.Parameter
-    code_range: Tensor
+    roles: ClassVar[frozenset[str]] = frozenset({"weight", "input"})
+    """What it is for: ``"weight"``, ``"input"``, or both."""
+    per_channel: ClassVar[bool] = True
+    """Whether it may have a channel axis."""
+    symmetric: bool = True
+    """Whether the zero point is always 0."""
+    grad_scale: float | str | None = None
+    """Factor of the gradients of scale and zero point, see :func:`hqod_ops.fake_quant`."""
+    plain: ClassVar[bool] = True
+    """Whether values and gradients are those of
+    ``fake_quant(transform(x, level), **arguments(level))``, cast to the dtype of x."""
+
+    activation: str | None = None
+    """What is applied to the input first, in the same op: ``"relu"`` or ``"relu6"``. Only for plain
+    quantizers whose :meth:`transform` changes nothing."""
 
     def __init__(
         self,
@@ -59,80 +94,110 @@ class Quantizer(nn.Module, ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if observer not in OBSERVERS:
             raise ValueError(f"observer: expected one of {', '.join(OBSERVERS)}, got {observer!r}")
-        self.bits = check_bits("bits", bits)
-        self.signed = signed
-        self.ch_axis = ch_axis
+        if ch_axis is not None and not self.per_channel:
+            raise ValueError(
+                f"ch_axis: {type(self).__name__} has one scale for the whole tensor, got {ch_axis}"
+            )
+        super().__init__(
+            check_bits("bits", bits),
+            signed=signed,
+            ch_axis=ch_axis,
+            channels=channels,
+            device=device,
+            dtype=dtype,
+        )
         self.observer = observer
         self.enabled = True
-        self.label = type(self).__name__
-        self.scale = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
-        self.register_buffer("code_range", torch.zeros(1, 2, device=device, dtype=torch.int32))
-        self._ranges: tuple[tuple[int, int], ...] = ()
         self._observers: list[Observer] | None = None
-        self._calls = _Calls()
+        self._calls = Calls()
+        self._check_observer()
 
     @abstractmethod
     def effective_scale(self, level: int = 0) -> Tensor:
         """The positive scale (Tensor[1] or Tensor[C]) that a level quantizes with."""
 
-    @abstractmethod
-    def _quantize(self, x: Tensor, level: int) -> Tensor: ...
+    def effective_zero_point(self, level: int = 0) -> Tensor | None:
+        """The whole zero point, in the shape of the scale; None if symmetric."""
+        return None
 
     @abstractmethod
-    def _encode(self, scale: Tensor) -> Tensor:
-        """The value of the parameter that gives a scale."""
+    def _encode(
+        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
+    ) -> dict[str, Tensor]:
+        """The values that give a scale and a zero point."""
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether the scale was set or loaded."""
-        return bool(self._ranges)
+    def arguments(self, level: int = 0) -> dict[str, Any]:
+        """The arguments of :func:`hqod_ops.fake_quant` for a level, with the graph to its values.
 
-    @property
-    def levels(self) -> int:
-        """Number of scales (channels aside)."""
-        return max(len(self._ranges), 1)
+        Args:
+            level (int): default: 0
 
-    def codes(self, level: int = 0) -> tuple[int, int]:
-        """The smallest and the largest code of a level.
+        Returns:
+            dict: scale, quant_min, quant_max, ch_axis, grad_scale; zero_point and activation where
+            the quantizer has them.
 
         Raises:
             RuntimeError: the quantizer was never calibrated.
         """
-        if not self._ranges:
-            raise RuntimeError(
-                f"{self.label}: the quantizer was never calibrated; run "
-                "hqod_ops.quant.calibrate(model, batches) or load a calibrated state_dict"
-            )
-        return self._ranges[level]
+        quant_min, quant_max = self.codes(level)
+        arguments = {
+            "scale": self.effective_scale(level),
+            "quant_min": quant_min,
+            "quant_max": quant_max,
+            "ch_axis": self.ch_axis,
+            "grad_scale": self.grad_scale,
+        }
+        if self.activation is not None:
+            arguments["activation"] = self.activation
+        return arguments
+
+    def transform(self, x: Tensor, level: int = 0) -> Tensor:
+        """What is done to x before it is rounded; in float32 if x has half precision."""
+        return x
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The activation's result; x itself if there is none."""
+        return x if self.activation is None else ACTIVATIONS[self.activation](x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x on the quantizer's grid; x itself while calibrating or with ``enabled = False``.
+        """x on the quantizer's grid; while calibrating, and with ``enabled = False``, x itself or,
+        with an activation, the result of that.
 
         Raises:
             RuntimeError: the quantizer was never calibrated, or it was called more often in one
                 forward pass than in calibration.
         """
-        if self._observers is not None:
-            self._observe(x, self._observers)
+        if self._observers is not None or not self.enabled:
+            x = self.activate(x)
+            if self._observers is not None:
+                self._observe(x, self._observers)
             return x
-        if not self.enabled:
-            return x
-        level = self._next_level(x) if len(self._ranges) > 1 else 0
+        level = 0
+        if len(self._ranges) > 1:
+            level = self._calls.next_level(x.shape, len(self._ranges), self.label)
         return self._quantize(x, level)
 
-    def set_scale(self, scale: Tensor, signed: bool | Sequence[bool]) -> None:
+    def _quantize(self, x: Tensor, level: int) -> Tensor:
+        y = fake_quant(self.transform(x, level), **self.arguments(level))
+        return y if y.dtype == x.dtype else y.to(x.dtype)
+
+    def set_scale(
+        self, scale: Tensor, signed: bool | Sequence[bool], zero_point: Tensor | None = None
+    ) -> None:
         """Set scale and sign, and with them the number of levels.
 
         Args:
             scale (Tensor[L] or Tensor[L, C]): positive scales, one a level; Tensor[1] or Tensor[C]
                 for one level.
             signed (bool or sequence of L bool): sign of the codes.
+            zero_point (Tensor, optional): whole zero points within the codes, in the shape of
+                scale. Default: None, 0
 
         Raises:
-            ValueError: numbers of scales and signs differ, or a scale is not positive.
+            ValueError: numbers of scales and signs differ, a scale is not positive, a shape is
+                wrong, or a zero point is given to a symmetric quantizer or is not a code.
         """
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError(
@@ -144,37 +209,83 @@ class Quantizer(nn.Module, ABC):
                 f"{self.label}: expected one scale a level, got {len(scale)} scales "
                 f"for {len(signs)} levels"
             )
-        ranges = tuple(code_range(self.bits, sign) for sign in signs)
-        self._resize(scale.shape, len(ranges))
-        with torch.no_grad():
-            self.scale.copy_(self._encode(scale.to(self.scale)))
-            self.code_range.copy_(torch.tensor(ranges, dtype=torch.int32))
-        self._ranges = ranges
+        ranges = [code_range(self.bits, sign) for sign in signs]
+        self._check_zero_point(zero_point, scale, ranges)
+        like: Tensor = getattr(self, self.values[0])
+        values = self._encode(
+            scale.detach().to(like),
+            None if zero_point is None else zero_point.detach().to(like),
+            ranges,
+        )
+        self._set_values(values, ranges)
+
+    def _check_zero_point(
+        self, zero_point: Tensor | None, scale: Tensor, ranges: Sequence[Codes]
+    ) -> None:
+        if zero_point is None:
+            return
+        if self.symmetric:
+            raise ValueError(f"{self.label}: zero_point: expected None, the quantizer is symmetric")
+        if zero_point.shape != scale.shape:
+            raise ValueError(
+                f"{self.label}: zero_point: expected the shape of scale, {tuple(scale.shape)}, "
+                f"got {tuple(zero_point.shape)}"
+            )
+        rows = zero_point.reshape(len(ranges), -1)
+        for row, (low, high) in zip(rows, ranges, strict=True):
+            if not bool(((row == row.round()) & (row >= low) & (row <= high)).all()):
+                raise ValueError(
+                    f"{self.label}: zero_point: expected whole numbers in [{low}, {high}], "
+                    f"got {row.tolist()}"
+                )
 
     def start_observing(self) -> None:
         """From now on, forward collects statistics and returns its input."""
         self._observers = []
         self._calls.clear()
 
-    def observed_scale(self) -> tuple[Tensor, list[bool]] | None:
-        """Scale and signs, as :meth:`set_scale` takes them, that the statistics ask for.
+    def observed_scale(self) -> Observed | None:
+        """Scale, signs and zero point that the statistics ask for, as :meth:`set_scale` takes them.
 
         Where the data was all 0 it says nothing about the scale: such a channel gets the scale of
         the widest channel, and a tensor without any other value that of the range [-1, 1], with a
         warning.
 
         Returns:
-            (Tensor, list of bool), or None if a level had no data.
+            Observed, or None if a level had no data.
         """
         observers = self._observers or []
         if not observers or not all(observer.count for observer in observers):
             return None
-        scale = torch.stack([self._nonzero(observer) for observer in observers])
+        scale = self._join([self._nonzero(observer) for observer in observers])
+        zeros = [zero for o in observers if (zero := o.zero_point()) is not None]
+        return Observed(
+            scale, [observer.signed for observer in observers], self._join(zeros) if zeros else None
+        )
+
+    def _join(self, levels: Sequence[Tensor]) -> Tensor:
+        """Tensors of single levels as one."""
+        joined = torch.stack(list(levels))
         if self.ch_axis is None:
-            scale = scale.flatten()
-        elif len(observers) == 1:
-            scale = scale[0]
-        return scale, [observer.signed for observer in observers]
+            return joined.flatten()
+        return joined[0] if len(levels) == 1 else joined
+
+    def observed_state(self) -> list[dict[str, Any]]:
+        """What was seen in calibration, one entry a level; to be sent to other processes."""
+        return [observer.state() for observer in self._observers or []]
+
+    def merge_observed(self, states: Sequence[Sequence[dict[str, Any]]]) -> None:
+        """Take over what several processes saw, this one among them.
+
+        Args:
+            states (sequence of list): of :meth:`observed_state`, in the same order everywhere.
+        """
+        if self._observers is None:
+            return
+        for level in range(max(map(len, states))):
+            if level == len(self._observers):
+                self._observers.append(self._new_observer())
+            self._observers[level].merge([rank[level] for rank in states if level < len(rank)])
 
     def stop_observing(self) -> None:
         """Forward quantizes again; the statistics are forgotten."""
@@ -207,111 +318,30 @@ class Quantizer(nn.Module, ABC):
             widest = torch.full_like(widest, 2 / (high - low))
         return torch.where(scale > 0, scale, widest)
 
+    def _observed(self, x: Tensor) -> Tensor:
+        """What calibration looks at."""
+        return x
+
+    def _check_observer(self) -> None:
+        if not self.symmetric and not OBSERVERS[self.observer].asymmetric:
+            able = ", ".join(name for name, kind in OBSERVERS.items() if kind.asymmetric)
+            raise ValueError(
+                f"observer: expected one that finds a zero point, {able}, got {self.observer!r}"
+            )
+
+    def _new_observer(self) -> Observer:
+        return OBSERVERS[self.observer](
+            self.bits, signed=self.signed, ch_axis=self.ch_axis, symmetric=self.symmetric
+        )
+
     def _observe(self, x: Tensor, observers: list[Observer]) -> None:
         level = self._calls.add(x.shape)
         if level == len(observers):
-            observers.append(
-                OBSERVERS[self.observer](self.bits, signed=self.signed, ch_axis=self.ch_axis)
-            )
+            observers.append(self._new_observer())
         try:
-            observers[level].observe(x)
+            observers[level].observe(self._observed(x))
         except ValueError as error:
             raise ValueError(f"{self.label}: {error}") from None
-
-    def _next_level(self, x: Tensor) -> int:
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return self._repeated_level(x)
-        level = self._calls.add(x.shape)
-        if level >= len(self._ranges):
-            raise RuntimeError(
-                f"{self.label}: called more than {len(self._ranges)} times in one forward pass, "
-                "the number of its levels in calibration; call the prepared model as a whole, or "
-                "hqod_ops.quant.reset_levels(model) before calling a part of it"
-            )
-        return level
-
-    def _repeated_level(self, x: Tensor) -> int:
-        """The level of a call that activation checkpointing repeats in the backward pass."""
-        same = self._calls.find(x.shape)
-        if len(same) != 1:
-            raise RuntimeError(
-                f"{self.label}: cannot tell which level activation checkpointing repeats: "
-                f"{len(same)} calls of the forward pass had an input of shape {tuple(x.shape)}"
-            )
-        return same[0]
-
-    def _resize(self, shape: Iterable[int], levels: int) -> None:
-        if self.scale.shape != tuple(shape):
-            # The parameter object stays, and with it optimizers and references made earlier.
-            self.scale.data = self.scale.new_ones(tuple(shape))
-            self.scale.grad = None
-        if len(self.code_range) != levels:
-            self.code_range = self.code_range.new_zeros(levels, 2)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        scale, codes = state_dict.get(prefix + "scale"), state_dict.get(prefix + "code_range")
-        ranges: tuple[tuple[int, int], ...] | None = None
-        if scale is not None and codes is not None:
-            ranges = tuple((int(low), int(high)) for low, high in codes.tolist())
-            problem = self._misfit(scale, ranges)
-            if problem:
-                error_msgs.append(f"{prefix[:-1]}: {problem}")
-                return
-            self._resize(scale.shape, len(ranges))
-        elif scale is not None or codes is not None:
-            error_msgs.append(f"{prefix[:-1]}: expected both of the keys scale and code_range")
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if ranges is not None:
-            self._ranges = () if UNCALIBRATED in ranges else ranges
-
-    def _misfit(self, scale: Tensor, ranges: tuple[tuple[int, int], ...]) -> str | None:
-        """Why a state does not fit this quantizer."""
-        allowed = [
-            code_range(self.bits, sign) for sign in (False, True) if self.signed in (None, sign)
-        ]
-        for codes in ranges:
-            if codes not in (*allowed, UNCALIBRATED):
-                expected = " or ".join(f"[{low}, {high}]" for low, high in allowed)
-                return (
-                    f"code_range: expected {expected} ({self.bits} bits), got {list(codes)}; "
-                    "was the checkpoint made with another configuration?"
-                )
-        channels = () if self.ch_axis is None else tuple(self.scale.shape[-1:])
-        levels = len(ranges)
-        expected_shape = (levels, *channels) if levels > 1 or not channels else channels
-        if tuple(scale.shape) != expected_shape:
-            return f"scale: expected shape {expected_shape}, got {tuple(scale.shape)}"
-        return None
-
-
-class _Calls:
-    """The input shapes of a quantizer's calls since the model's forward pass began."""
-
-    def __init__(self) -> None:
-        self._shapes: list[torch.Size] = []
-
-    def add(self, shape: torch.Size) -> int:
-        """The index of this call."""
-        self._shapes.append(shape)
-        return len(self._shapes) - 1
-
-    def find(self, shape: torch.Size) -> list[int]:
-        return [index for index, seen in enumerate(self._shapes) if seen == shape]
-
-    def clear(self) -> None:
-        self._shapes.clear()
 
 
 def reset_levels(model: nn.Module) -> None:

@@ -1,17 +1,22 @@
-"""A table of what is quantized, and how well it fits."""
+"""A table of what is quantized, how well it fits, and how large it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, TypeVar, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hqod_ops.quant._run import call, evaluating
+from hqod_ops.quant._table import bits_text, text_table
 from hqod_ops.quant.config import FLOAT_BITS
 from hqod_ops.quant.layers import QATLayer
 from hqod_ops.quant.quantizer import Quantizer
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,10 @@ class LayerSummary:
         weight_scales (tuple of float): one, or one a channel; empty before calibration.
         act_scales (tuple of float): one a level; empty before calibration.
         weight_clipped (float, optional): share of the weights outside of the codes' range.
-        weight_zero (float, optional): share of the weights with code 0.
+        weight_zero (float, optional): share of the weights with the value 0.
+        act_clipped (tuple of float), act_zero (tuple of float): the same of the inputs in a batch,
+            one a level; empty without a batch.
+        weight_quantizer (str), act_quantizer (str): class names; empty if not quantized.
     """
 
     name: str
@@ -37,13 +45,26 @@ class LayerSummary:
     act_scales: tuple[float, ...] = ()
     weight_clipped: float | None = None
     weight_zero: float | None = None
+    act_clipped: tuple[float, ...] = ()
+    act_zero: tuple[float, ...] = ()
+    weight_quantizer: str = ""
+    act_quantizer: str = ""
 
 
 class Summary(Sequence[LayerSummary]):
-    """The rows of :func:`summary`; ``print`` shows them as a table."""
+    """The rows of :func:`summary`; ``print`` shows them as a table.
 
-    def __init__(self, rows: Sequence[LayerSummary]) -> None:
+    Attributes:
+        size_mb (float): size in MB (10^6 bytes) of the model with weights at their bits, a scale of
+            4 bytes for each weight and input scale, and the rest as it is.
+        float_size_mb (float): that of the float model.
+    """
+
+    def __init__(
+        self, rows: Sequence[LayerSummary], size_mb: float = 0.0, float_size_mb: float = 0.0
+    ) -> None:
         self._rows = tuple(rows)
+        self.size_mb, self.float_size_mb = size_mb, float_size_mb
 
     @overload
     def __getitem__(self, index: int) -> LayerSummary: ...
@@ -61,29 +82,19 @@ class Summary(Sequence[LayerSummary]):
         return iter(self._rows)
 
     def __str__(self) -> str:
-        head = ("layer", "type", "w bits", "a bits", "w scale", "clipped", "zero", "a scale")
-        cells = [head, *(_cells(row) for row in self._rows)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        left = (True, True, False, False, True, False, False, True)
-        lines = [
-            "  ".join(
-                cell.ljust(width) if to_left else cell.rjust(width)
-                for cell, width, to_left in zip(row, widths, left, strict=True)
-            ).rstrip()
-            for row in cells
-        ]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+        head = ["layer", "type", "w bits", "w scale", "clipped", "zero", "a bits", "a scale"]
+        right = ["w bits", "clipped", "zero", "a bits"]
+        if any(row.act_clipped for row in self):
+            head += ["a clipped", "a zero"]
+        table = text_table(head, [_cells(row)[: len(head)] for row in self], right)
+        if not self.float_size_mb:
+            return table
+        return f"{table}\n{self.size_mb:.3g} MB, in float {self.float_size_mb:.3g} MB"
 
     __repr__ = __str__
 
 
-def _cells(row: LayerSummary) -> tuple[str, ...]:
-    def bits(value: int) -> str:
-        return "float" if value == FLOAT_BITS else str(value)
-
-    def share(value: float | None) -> str:
-        return "" if value is None else f"{value:.1%}"
-
+def _cells(row: LayerSummary) -> list[str]:
     weights = row.weight_scales
     if len(weights) > 1:
         weight_scale = f"{min(weights):.3g}..{max(weights):.3g}"
@@ -94,43 +105,134 @@ def _cells(row: LayerSummary) -> tuple[str, ...]:
         for scale, signed in zip(row.act_scales, row.act_signed, strict=True)
     )
     missing = not weights and row.weight_bits != FLOAT_BITS
-    return (
+    return [
         row.name,
         row.type,
-        bits(row.weight_bits),
-        bits(row.act_bits),
+        bits_text(row.weight_bits),
         "not calibrated" if missing else weight_scale,
-        share(row.weight_clipped),
-        share(row.weight_zero),
+        "" if row.weight_clipped is None else f"{row.weight_clipped:.1%}",
+        "" if row.weight_zero is None else f"{row.weight_zero:.1%}",
+        bits_text(row.act_bits),
         "not calibrated" if not acts and row.act_bits != FLOAT_BITS else acts,
-    )
+        " ".join(f"{share:.1%}" for share in row.act_clipped),
+        " ".join(f"{share:.1%}" for share in row.act_zero),
+    ]
 
 
 @torch.no_grad()
-def summary(model: nn.Module) -> Summary:
-    """The quantized layers of a model: bits, scales, share of clipped and of zero weights.
+def summary(
+    model: _Model,
+    batch: Any = None,
+    *,
+    forward: Callable[[_Model, Any], object] | None = None,
+) -> Summary:
+    """The quantized layers of a model: bits, scales, shares of clipped and of zero values, size.
 
     In the printed table a signed input scale has a ``±``; there is one a level.
 
     Args:
-        model (nn.Module): a model from :func:`hqod_ops.quant.prepare_qat`.
+        model (nn.Module): a model from :func:`prepare_qat`.
+        batch (optional): one batch, such as :func:`calibrate` takes them, for the shares of the
+            inputs; the model runs in eval mode. Default: None, weights alone
+        forward (callable, optional): ``forward(model, batch)`` runs the batch. Default: None
 
     Returns:
-        Summary: a sequence of :class:`LayerSummary`, printed as a table.
+        Summary: a sequence of :class:`LayerSummary` with the sizes, printed as a table.
+
+    Raises:
+        RuntimeError: a batch is given, and a quantizer that it reaches was never calibrated.
 
     Example:
+        >>> import torch
         >>> from torch import nn
-        >>> from hqod_ops.quant import prepare_qat, summary
-        >>> summary(prepare_qat(nn.Sequential(nn.Linear(4, 2)), "w8a8"))[0].weight_bits
-        8
+        >>> from hqod_ops.quant import calibrate, prepare_qat, summary
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
+        >>> _ = model[0].weight.data.copy_(torch.tensor([[0.0, 0.5], [-1.0, 0.9]]))
+        >>> batch = torch.tensor([[1.0, 3.0], [0.0, 2.0]])
+        >>> _ = calibrate(prepare_qat(model, "w8a8"), [batch], progress=False)
+        >>> print(summary(model, batch))
+        layer  type    w bits  w scale  clipped   zero  a bits  a scale  a clipped  a zero
+        -----  ------  ------  -------  -------  -----  ------  -------  ---------  ------
+        0      Linear       8  0.00784     0.0%  25.0%       8  0.0118   0.0%       25.0%
+        1.2e-05 MB, in float 1.6e-05 MB
     """
-    return Summary([_row(name, m) for name, m in model.named_modules() if isinstance(m, QATLayer)])
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QATLayer)}
+    found = (m.input_quantizer for m in layers.values() if m.input_quantizer is not None)
+    inputs = list(dict.fromkeys(found))  # several layers may share one
+    shares: dict[Quantizer, list[_Share]] = {}
+    if batch is not None or forward is not None:
+        with evaluating(model), _counting(inputs, shares):
+            call(model, batch, forward)
+    rows = [_row(name, layer, shares) for name, layer in layers.items()]
+    return Summary(rows, *_sizes(model, list(layers.values())))
 
 
-def _row(name: str, layer: QATLayer) -> LayerSummary:
+class _Share:
+    """Counts of clipped and of zero values."""
+
+    def __init__(self) -> None:
+        self._clipped: list[Tensor] = []
+        self._zero: list[Tensor] = []
+        self._elements = 0
+
+    def add(self, quantizer: Quantizer, x: Tensor, level: int) -> None:
+        """Count the elements of x."""
+        arguments = quantizer.arguments(level)
+        x = quantizer.transform(quantizer.activate(x), level)
+        scale, zero_point = arguments["scale"], quantizer.effective_zero_point(level)
+        shape = [1] * x.dim()
+        if quantizer.ch_axis is not None:
+            shape[quantizer.ch_axis] = -1
+        code = (x / scale.reshape(shape)).round()
+        zero = torch.zeros((), device=x.device)
+        if zero_point is not None:
+            zero = zero_point.reshape(shape)
+            code = code + zero
+        low, high = arguments["quant_min"], arguments["quant_max"]
+        self._clipped.append(((code < low) | (code > high)).sum())
+        self._zero.append((code.clamp(low, high) == zero).sum())
+        self._elements += x.numel()
+
+    def shares(self) -> tuple[float, float]:
+        """Shares of clipped and of zero values."""
+        count = max(self._elements, 1)
+        return sum(n.item() for n in self._clipped) / count, sum(
+            n.item() for n in self._zero
+        ) / count
+
+
+@contextmanager
+def _counting(
+    quantizers: Sequence[Quantizer], shares: dict[Quantizer, list[_Share]]
+) -> Iterator[None]:
+    """Count the inputs of quantizers; the levels are called one after the other."""
+
+    def before(quantizer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(quantizer, Quantizer)
+        if quantizer.calibrated:
+            level = calls.get(quantizer, 0) % quantizer.levels
+            calls[quantizer] = level + 1
+            found = shares.setdefault(quantizer, [_Share() for _ in range(quantizer.levels)])
+            found[level].add(quantizer, args[0], level)
+
+    calls: dict[Quantizer, int] = {}
+    handles = [quantizer.register_forward_pre_hook(before) for quantizer in quantizers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _row(name: str, layer: QATLayer, shares: dict[Quantizer, list[_Share]]) -> LayerSummary:
     weights, inputs = layer.weight_quantizer, layer.input_quantizer
-    clipped, zero = _shares(layer, weights)
+    clipped = zero = None
+    if weights is not None and weights.calibrated:
+        share = _Share()
+        share.add(weights, layer.weight, 0)
+        clipped, zero = share.shares()
     act_levels = range(inputs.levels) if inputs is not None and inputs.calibrated else range(0)
+    act_shares = [s.shares() for s in shares.get(inputs, [])] if inputs is not None else []
     return LayerSummary(
         name=name,
         type=layer.float_type.__name__,
@@ -145,18 +247,27 @@ def _row(name: str, layer: QATLayer) -> LayerSummary:
         ),
         weight_clipped=clipped,
         weight_zero=zero,
+        act_clipped=tuple(share for share, _ in act_shares),
+        act_zero=tuple(share for _, share in act_shares),
+        weight_quantizer="" if weights is None else type(weights).__name__,
+        act_quantizer="" if inputs is None else type(inputs).__name__,
     )
 
 
-def _shares(layer: QATLayer, quantizer: Quantizer | None) -> tuple[float | None, float | None]:
-    """Shares of clipped and of zero weights."""
-    if quantizer is None or not quantizer.calibrated:
-        return None, None
-    scale = quantizer.effective_scale()
-    if quantizer.ch_axis is not None:
-        shape = [1] * layer.weight.dim()
-        shape[quantizer.ch_axis] = -1
-        scale = scale.reshape(shape)
-    code = (layer.weight / scale).round()
-    low, high = quantizer.codes()
-    return ((code < low) | (code > high)).float().mean().item(), (code == 0).float().mean().item()
+def _sizes(model: nn.Module, layers: Sequence[QATLayer]) -> tuple[float, float]:
+    """Size in MB with the weights at their bits, and in float."""
+    quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
+    inside = {id(t) for q in quantizers for t in (*q.parameters(), *q.buffers())}
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside}
+    bits = {
+        id(layer.weight): layer.weight_quantizer.bits
+        for layer in layers
+        if layer.weight_quantizer is not None
+    }
+    full = sum(t.numel() * t.element_size() for t in tensors.values())
+    packed = sum(
+        -(-t.numel() * bits[key] // 8) if key in bits else t.numel() * t.element_size()
+        for key, t in tensors.items()
+    )
+    scales = sum(getattr(q, q.values[0]).numel() for q in quantizers)
+    return (packed + 4 * scales) / 1e6, full / 1e6

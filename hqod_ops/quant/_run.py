@@ -1,0 +1,39 @@
+"""Running a model over batches to look at it: calibration, folding, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards for every module the mode it had."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def call(model: _Model, batch: Any, forward: Callable[[_Model, Any], object] | None) -> object:
+    """Run one batch: ``forward(model, batch)``, or the model with the inputs among the batch.
+
+    These are the batch as it is, of a tuple or list the first entry, a list of images
+    (Tensor[C, H, W]) as a whole.
+    """
+    return model(_inputs(batch)) if forward is None else forward(model, batch)
+
+
+def _inputs(batch: Any) -> Any:
+    if not isinstance(batch, (tuple, list)) or not batch:
+        return batch
+    images = all(isinstance(entry, Tensor) and entry.dim() == 3 for entry in batch)
+    return batch if images and isinstance(batch, list) else batch[0]

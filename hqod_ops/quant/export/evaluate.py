@@ -1,0 +1,96 @@
+"""Runs an ONNX model: by ONNX Runtime, or by ONNX's own reference evaluator."""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import torch
+
+from hqod_ops.quant.export._extras import require
+from hqod_ops.quant.export.grid import Array
+
+Feeds = dict[str, Array]
+
+
+class Evaluator(Protocol):
+    """Runs a model: feeds in, all outputs out."""
+
+    name: str
+
+    def __call__(self, feeds: Feeds) -> list[Array]: ...
+
+
+class _Runtime:
+    def __init__(self, model: bytes, optimized: bool) -> None:
+        runtime = require("onnxruntime")
+        self.name = f"onnxruntime {runtime.__version__}"
+        options = runtime.SessionOptions()
+        if not optimized:
+            self.name += " without optimizations"
+            options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 4
+        self._session = runtime.InferenceSession(
+            model, sess_options=options, providers=["CPUExecutionProvider"]
+        )
+
+    def __call__(self, feeds: Feeds) -> list[Array]:
+        outputs: list[Array] = self._session.run(None, feeds)
+        return outputs
+
+
+class Reference:
+    """ONNX's reference evaluator."""
+
+    def __init__(self, model: bytes) -> None:
+        self.name = f"onnx.reference {require('onnx').__version__}"
+        loaded = require("onnx").load_model_from_string(model)
+        self._evaluator = require("onnx.reference").ReferenceEvaluator(loaded)
+
+    def __call__(self, feeds: Feeds) -> list[Array]:
+        try:
+            outputs: list[Array] = self._evaluator.run(None, feeds)
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.name} cannot run the exported model, and neither can onnxruntime: "
+                f"{first_line(error)}"
+            ) from error
+        return outputs
+
+
+def evaluator(model: bytes, *, optimized: bool = True) -> tuple[Evaluator, str]:
+    """ONNX Runtime, or what else can load a model.
+
+    Args:
+        model (bytes): the file.
+        optimized (bool): with the runtime's default optimizations, else without any. Default: True
+
+    Returns:
+        tuple: what runs the model, and why it is not the runtime as asked for, or an empty text: if
+        the runtime cannot load it so, it without optimizations; if it cannot do that, ONNX's
+        reference evaluator.
+
+    Raises:
+        RuntimeError: nothing can load it.
+    """
+    try:
+        return _Runtime(model, optimized), ""
+    except ImportError:
+        raise
+    except Exception as error:  # the runtime's exceptions share no base class of their own
+        problem = error
+    for way in (functools.partial(_Runtime, optimized=False), Reference):
+        try:
+            found: Evaluator = way(model)
+        except Exception:
+            continue
+        return found, first_line(problem)
+    raise RuntimeError(f"nothing can load the exported model: {first_line(problem)}") from problem
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a long story says first, of a chain the one that it began with."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,253 @@
+"""export_onnx: a QAT model as a file that runtimes execute."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from hqod_ops.quant.export._extras import require
+from hqod_ops.quant.export.grid import BASE_OPSET, Grid, installed_opset
+from hqod_ops.quant.export.lowering import Lowered, lower
+from hqod_ops.quant.export.nms import NMS, append_nms
+from hqod_ops.quant.export.record import quantizers, read_grids, record
+from hqod_ops.quant.export.trace import trace
+from hqod_ops.quant.export.verify import Verification, check_expressible, verify
+from hqod_ops.quant.quantizer import Quantizer
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how far it is from the model.
+
+    Attributes:
+        path (Path): the file.
+        opset (int): its opset.
+        size (int): bytes of the file.
+        float_size (int): bytes of the same weights in float32.
+        storage (dict of str to int): number of weights and activations by integer type.
+        evaluator (str): what ran the file.
+        steps (int): largest difference of a quantized activation from identical inputs, in codes:
+            0 or 1.
+        flipped (float): share of the codes of all activations that differ so.
+        difference (float): largest difference of an output end to end, in its unit.
+        relative_difference (float): L2 norm of the difference end to end over that of the output,
+            the largest of all outputs.
+        output_steps (tuple of float or None): largest difference of every output end to end in
+            quantization steps, where a quantizer makes the output.
+    """
+
+    path: Path
+    opset: int
+    size: int
+    float_size: int
+    storage: dict[str, int]
+    evaluator: str
+    steps: int
+    flipped: float
+    difference: float
+    relative_difference: float
+    output_steps: tuple[float | None, ...]
+
+    def __str__(self) -> str:
+        types = ", ".join(f"{count} {name.lower()}" for name, count in self.storage.items())
+        return (
+            f"{self.path}: opset {self.opset}, {self.size / 1e6:.2f} MB "
+            f"({self.float_size / 1e6:.2f} MB of weights in float), {types}; {self.evaluator}: "
+            f"{self.steps} steps from identical inputs ({self.flipped:.2g} of the codes), "
+            f"end to end {self.difference:.3g} ({self.relative_difference:.2g} relative)"
+        )
+
+
+def export_onnx(
+    model: nn.Module,
+    example: Tensor | tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    nms: NMS | None = None,
+    max_steps: int = 1,
+) -> ExportReport:
+    """Write a QAT model as quantized ONNX, and check that the file computes what the model does.
+
+    Weights are stored as integers, packed at their bits, with their trained scales, in front of a
+    DequantizeLinear; activations pass QuantizeLinear and DequantizeLinear with the trained scales.
+    Biases and all that is not quantized stay in float32. A layer shared by several levels has one
+    weight and the scales of every level.
+
+    ===========  ==================  =====
+    bits         integer type        opset
+    ===========  ==================  =====
+    2            int2, uint2         25
+    3            int4, uint4, Clip   21
+    4            int4, uint4         21
+    5, 6, 7      int8, uint8, Clip   18
+    8            int8, uint8         18
+    ===========  ==================  =====
+
+    The file has the lowest opset that its types need. Where ``opset`` or the installed onnx is
+    older, the next larger type holds the codes, with a Clip of the activation.
+
+    **What is checked.** A sum in another order differs in the last bit; where such a difference
+    lies at the middle between two codes, the code differs by one step, and the layers behind it
+    amplify that, the more the fewer bits there are. So a comparison of the outputs alone can prove
+    nothing. Instead, besides the codes of the weights, which must be equal, the file runs with
+    *every quantized activation recomputed from what the model's own quantizers read*: from
+    identical inputs, every code must be the model's or its neighbour, and a float output may differ
+    by 0.1 % of its largest value. This holds with the default optimizations of ONNX Runtime, which
+    may round biases too, and without them, where besides at most 1 % of a tensor's codes (or 16)
+    may be neighbours. Then the file runs end to end; if no code was a neighbour, the same bound
+    holds there. The report has the differences of both. ONNX's reference evaluator runs what the
+    runtime cannot load, with a warning.
+
+    The model is copied, and exported as it is in eval mode; the copy and the file's activations on
+    the example need memory.
+
+    Args:
+        model (nn.Module): a calibrated model from :func:`hqod_ops.quant.prepare_qat`, in float32.
+            It must be one that ``torch.export`` can trace; of a detector, see
+            :func:`hqod_ops.quant.export.detection_network`.
+        example (Tensor or tuple): the positional arguments, such as a batch of real images. Its
+            shapes are those of the file, unless ``dynamic_shapes`` says otherwise.
+        path (str or path-like): the file. It is only written when it was found right.
+        opset (int, optional): the highest that the runtime knows. Default: None, that of the
+            installed onnx
+        dynamic_shapes (optional): see ``torch.export.export``. Default: None
+        input_names (sequence of str, optional), output_names (sequence of str, optional): names in
+            the file. Default: None, torch's
+        nms (NMS, optional): non-maximum suppression at the end, for a model whose outputs are boxes
+            Tensor[B, A, 4] and scores Tensor[B, A, classes], such as
+            ``detection_network(model, "boxes")``. Default: None
+        max_steps (int): the difference of a code from identical inputs that is still accepted, for
+            models whose activations are rounding errors (a normalisation of single values).
+            Default: 1
+
+    Returns:
+        ExportReport: opset, sizes, and differences.
+
+    Raises:
+        ImportError: onnx, onnxscript or onnxruntime is missing; the message names the extra.
+        ValueError: the model has no quantized layer, was not calibrated, or has a quantizer that
+            ONNX cannot express; the opset is below 18.
+        TypeError: a parameter or the example is float16, bfloat16 or float64.
+        RuntimeError: torch cannot export the model.
+        ExportError: the file does not compute what the model does.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hqod_ops.quant import calibrate, prepare_qat
+        >>> from hqod_ops.quant.export import export_onnx  # needs hqod_ops[export]
+        >>> model = prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3)), "w8a8")
+        >>> model = calibrate(model, [torch.rand(1, 3, 8, 8)], progress=False)
+        >>> report = export_onnx(model, torch.rand(1, 3, 8, 8), "/tmp/model.onnx")
+        >>> report.opset, report.storage
+        (18, {'INT8': 1, 'UINT8': 1})
+    """
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        require(module)
+    limit = _opset_limit(opset)
+    arguments = pytree.tree_map(_to_cpu, example if isinstance(example, tuple) else (example,))
+    _check_model(model)
+    model = copy.deepcopy(model).cpu().eval()
+    _check_dtypes(model, arguments)
+    recording = record(model, arguments)
+    grids = read_grids(model, recording, limit)
+    check_expressible(recording, grids)
+    traced = trace(
+        model,
+        arguments,
+        grids,
+        dynamic_shapes=dynamic_shapes,
+        input_names=input_names,
+        output_names=output_names,
+    )
+    lowered = lower(traced, grids)
+    file: bytes = lowered.model.SerializeToString()
+    tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    names = [entry.name for entry in lowered.model.graph.input]
+    feeds = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+    verification = verify(lowered, file, recording, feeds, max_steps)
+    if nms is not None:
+        file = append_nms(lowered.model, nms, feeds)
+    path = Path(path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_bytes(file)
+    part.replace(path)
+    return _report(path, lowered, len(file), verification)
+
+
+def _opset_limit(opset: int | None) -> int:
+    highest = installed_opset()
+    if opset is None:
+        return highest
+    if isinstance(opset, bool) or not isinstance(opset, int):
+        raise TypeError(f"opset: expected an int, got {type(opset).__name__}")
+    if opset < BASE_OPSET:
+        raise ValueError(f"opset: expected at least {BASE_OPSET}, got {opset}")
+    return min(opset, highest)
+
+
+def _to_cpu(value: Any) -> Any:
+    return value.detach().cpu() if isinstance(value, Tensor) else value
+
+
+def _check_model(model: nn.Module) -> None:
+    if not any(isinstance(module, Quantizer) for module in model.modules()):
+        raise ValueError("model: expected a model from prepare_qat, it has no quantizer")
+    others, weights = quantizers(model)
+    missing = [name for name, quantizer in others.items() if not quantizer.calibrated]
+    missing += [
+        name
+        for name, layer in weights.items()
+        if layer.weight_quantizer is not None and not layer.weight_quantizer.calibrated
+    ]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"model: expected a calibrated model, {', '.join(missing[:3])}{more} never were; run "
+            "hqod_ops.quant.calibrate(model, batches) or load a calibrated state_dict"
+        )
+
+
+def _check_dtypes(model: nn.Module, arguments: tuple[Any, ...]) -> None:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    named += [(f"example[{index}]", leaf) for index, leaf in enumerate(leaves)]
+    for name, tensor in named:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise TypeError(
+                f"{name}: expected float32, got {tensor.dtype}; use model.float() and a float32 "
+                "example"
+            )
+
+
+def _report(path: Path, lowered: Lowered, size: int, verification: Verification) -> ExportReport:
+    weights = list(lowered.weights.values())
+    grids: list[Grid] = [*weights, *(chain.grid for chain in lowered.chains)]
+    opset = next(entry.version for entry in lowered.model.opset_import if not entry.domain)
+    saved = sum(
+        4 * grid.codes.size - -(-grid.codes.size * grid.storage.bits // 8)
+        for grid in weights
+        if grid.codes is not None
+    )
+    return ExportReport(
+        path=path,
+        opset=opset,
+        size=size,
+        float_size=size + saved,
+        storage=dict(sorted(Counter(grid.storage.name for grid in grids).items())),
+        **dataclasses.asdict(verification),
+    )

@@ -1,0 +1,118 @@
+"""From a QAT model to an ONNX graph in which every quantizer is one placeholder node."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hqod_ops.quant.export._extras import require
+from hqod_ops.quant.export.evaluate import first_line
+from hqod_ops.quant.export.grid import BASE_OPSET, Grid
+from hqod_ops.quant.export.record import call_name, quantizers
+from hqod_ops.quant.quantizer import Quantizer, reset_levels
+
+DOMAIN = "hqod"
+PLACEHOLDER = "FakeQuant"
+SITE = "site"
+
+
+def trace(
+    model: nn.Module,
+    example: tuple[Any, ...],
+    grids: Sequence[Grid],
+    *,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> Any:
+    """Trace a model; its quantizers are replaced in place, so give a copy.
+
+    Args:
+        model (nn.Module): calibrated, in eval mode, on the CPU.
+        example (tuple): its positional arguments.
+        grids (sequence of Grid): of all its quantizers; a placeholder has the place of its one in
+            the attribute ``site``.
+        dynamic_shapes (optional): see ``torch.export.export``. Default: None, all fixed
+        input_names (sequence of str, optional), output_names (sequence of str, optional): in the
+            file. Default: None, torch's
+
+    Returns:
+        onnx.ModelProto: the graph with placeholders, in the lowest opset with the grids' types.
+
+    Raises:
+        RuntimeError: torch cannot export the model.
+    """
+    calls = _replace(model, grids)
+    needed = max([BASE_OPSET, *(grid.storage.opset for grid in grids)])
+
+    def begin(_module: nn.Module, _args: Any) -> None:
+        calls.clear()
+        reset_levels(model)
+
+    model.register_forward_pre_hook(begin, prepend=True)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # Deprecations inside of torch and onnxscript, which the caller cannot change.
+            warnings.simplefilter("ignore", category=DeprecationWarning)
+            warnings.simplefilter("ignore", category=FutureWarning)
+            program = torch.export.export(
+                model, example, dynamic_shapes=dynamic_shapes, strict=False
+            )
+            exported = torch.onnx.export(
+                program,
+                example,
+                dynamo=True,
+                opset_version=needed,
+                input_names=input_names,
+                output_names=output_names,
+                verbose=False,
+            )
+    except Exception as error:
+        raise RuntimeError(
+            f"model: torch cannot export {type(model).__name__} to ONNX: {first_line(error)}"
+        ) from error
+    assert exported is not None
+    graph = exported.model_proto
+    version = next(entry.version for entry in graph.opset_import if not entry.domain)
+    if version != needed:
+        graph = require("onnx.version_converter").convert_version(graph, needed)
+    return graph
+
+
+def _replace(model: nn.Module, grids: Sequence[Grid]) -> dict[str, int]:
+    """Let the quantizers emit placeholders; the counts of calls that this keeps are returned."""
+    calls: dict[str, int] = {}
+    sites = {grid.name: index for index, grid in enumerate(grids)}
+
+    def placeholder(name: str, x: Tensor) -> Tensor:
+        if name not in sites:
+            raise RuntimeError(f"{name}: not called when the model ran on the example")
+        y: Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{PLACEHOLDER}",
+            (x,),
+            {SITE: sites[name]},
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
+        )
+        return y
+
+    def quantize(name: str, quantizer: Quantizer, x: Tensor) -> Tensor:
+        call = calls[name] = calls.get(name, -1) + 1
+        return placeholder(call_name(name, quantizer, call), x)
+
+    others, weights = quantizers(model)
+    for name, quantizer in others.items():
+        quantizer.forward = functools.partial(quantize, name, quantizer)  # type: ignore[method-assign]
+    for name, layer in weights.items():
+        assert layer.weight_quantizer is not None
+        layer.weight_quantizer.enabled = False  # where all weights are quantized together, not here
+        layer.quantized_weight = functools.partial(  # type: ignore[method-assign]
+            placeholder, name, layer.weight
+        )
+    return calls

@@ -1,0 +1,203 @@
+"""Whether a file computes what the model does."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hqod_ops.quant.export._extras import require
+from hqod_ops.quant.export.cut import cut, forced_input
+from hqod_ops.quant.export.evaluate import Evaluator, Feeds, evaluator
+from hqod_ops.quant.export.grid import Array, Grid
+from hqod_ops.quant.export.lowering import Lowered
+from hqod_ops.quant.export.record import Recording
+
+FLOAT_TOLERANCE = 1e-3
+"""Of an output that no quantizer follows: largest difference from identical inputs, as a share of
+the output's largest absolute value. Sums in another order differ by a thousandth of that."""
+
+TIE = 1e-3
+"""A value this close to the middle of two codes, in steps, may get either."""
+
+MAX_FLIPPED = 0.01
+"""Largest share of a tensor's codes that may differ from identical inputs, by their one step,
+without optimizations: with them, runtimes round biases to the grid of 32-bit sums."""
+
+FEW = 16
+"""So many of a tensor's codes may always do so: a small tensor has no shares to speak of, and where
+a normalisation divides by a variance of 0, as of single values, it is rounding errors alone."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a file is from its model, on one example. See :class:`ExportReport`."""
+
+    evaluator: str
+    difference: float
+    relative_difference: float
+    output_steps: tuple[float | None, ...]
+    steps: int
+    flipped: float
+
+
+class ExportError(RuntimeError):
+    """The exported file does not compute what the model does; nothing was written."""
+
+
+def check_expressible(recording: Recording, grids: Sequence[Grid]) -> None:
+    """Check that ONNX's formula gives what each activation quantizer of the model gave.
+
+    Raises:
+        ValueError: one gave something else, other than in the middle between two codes.
+    """
+    for grid in grids:
+        if grid.codes is not None or grid.name not in recording.before:
+            continue
+        x, y = recording.before[grid.name], recording.after[grid.name]
+        steps = np.abs(grid.steps(grid.dequantize(grid.quantize(x)) - y))
+        position = np.abs(grid.steps(x)) % 1.0
+        tie = np.abs(position - 0.5) < TIE
+        if not (steps < np.where(tie, 1 + TIE, TIE)).all():
+            raise ValueError(
+                f"{grid.name}: ONNX cannot express this quantizer: QuantizeLinear and "
+                f"DequantizeLinear with its scale and zero point are {np.nanmax(steps):.3g} steps "
+                "away from it"
+            )
+
+
+def verify(
+    lowered: Lowered, file: bytes, recording: Recording, feeds: Feeds, max_steps: int
+) -> Verification:
+    """Compare a file with its model, see :func:`hqod_ops.quant.export.export_onnx`.
+
+    Args:
+        lowered (Lowered): the graph of the file.
+        file (bytes): the file.
+        recording (Recording): of the model.
+        feeds (dict of str to array): the example, by the names of the graph's inputs.
+        max_steps (int): largest difference of a code from identical inputs.
+
+    Raises:
+        ExportError: they differ.
+    """
+    _check_constants(lowered, file)
+    forced = {forced_input(c): recording.before[c.grid.name] for c in lowered.chains}
+    names = [output.name for output in lowered.model.graph.output]
+    parts = cut(lowered).SerializeToString()
+    for optimized in (False, True):
+        run, _ = evaluator(parts, optimized=optimized)
+        results = run({**feeds, **forced})
+        share = 1.0 if optimized else MAX_FLIPPED
+        shown = [*names, *(c.output for c in lowered.chains if c.output not in names)]
+        values = dict(zip(shown, results, strict=True))
+        steps, flipped = _compare_codes(run, lowered, values, recording, max_steps, share)
+        _compare_outputs(run, names, results[: len(names)], recording, "from identical inputs")
+    whole, problem = evaluator(file)
+    if problem:
+        warnings.warn(
+            f"onnxruntime cannot load the exported model as users will, {whole.name} checks it; "
+            f"a lower opset may help, 21 stores 2 bits in 4-bit integers ({problem})",
+            stacklevel=3,
+        )
+    outputs = whole(feeds)
+    if not flipped:
+        _compare_outputs(whole, names, outputs, recording, "although no code differs")
+    return Verification(
+        evaluator=whole.name,
+        difference=max((_largest(a, b) for a, b in _pairs(outputs, recording)), default=0.0),
+        relative_difference=max((_l2(a, b) for a, b in _pairs(outputs, recording)), default=0.0),
+        output_steps=_output_steps(lowered, names, outputs, recording),
+        steps=steps,
+        flipped=flipped,
+    )
+
+
+def _check_constants(lowered: Lowered, file: bytes) -> None:
+    """Check that a file has codes of weights, scales and zero points as the model has them."""
+    to_array = require("onnx.numpy_helper").to_array
+    graph = require("onnx").load_model_from_string(file).graph
+    stored = {entry.name: to_array(entry) for entry in graph.initializer}
+    for grid in [*lowered.weights.values(), *(chain.grid for chain in lowered.chains)]:
+        expected = {"scale": grid.scale, "zero_point": grid.zero_point, "codes": grid.codes}
+        for name, value in expected.items():
+            if value is not None and not np.array_equal(stored[f"{grid.label}.{name}"], value):
+                raise ExportError(f"{grid.name}: the file has another {name} than the model")
+
+
+def _compare_codes(
+    run: Evaluator,
+    lowered: Lowered,
+    values: dict[str, Array],
+    recording: Recording,
+    max_steps: int,
+    share: float,
+) -> tuple[int, float]:
+    """The largest difference of a code from identical inputs, and the share of codes with one."""
+    largest = different = total = 0
+    for chain in lowered.chains:
+        grid = chain.grid
+        steps = np.rint(np.abs(grid.steps(values[chain.output] - recording.after[grid.name])))
+        worst, flips = (
+            float(np.nan_to_num(steps, nan=np.inf).max(initial=0)),
+            int((steps > 0).sum()),
+        )
+        if worst > max_steps or flips > max(FEW, share * steps.size):
+            raise ExportError(
+                f"{grid.name}: from identical inputs, {flips} of {steps.size} codes of {run.name} "
+                f"differ from the model's, by up to {worst:g} steps"
+            )
+        largest, different, total = max(largest, int(worst)), different + flips, total + steps.size
+    return largest, different / max(total, 1)
+
+
+def _compare_outputs(
+    run: Evaluator, names: list[str], outputs: list[Array], recording: Recording, when: str
+) -> None:
+    for name, (ours, theirs) in zip(names, _pairs(outputs, recording), strict=True):
+        if ours.shape != theirs.shape:
+            raise ExportError(
+                f"output {name!r}: expected shape {theirs.shape}, {run.name} gives {ours.shape}"
+            )
+        difference = _largest(ours, theirs)
+        size = float(np.abs(theirs).max(initial=0)) if theirs.dtype.kind == "f" else 0.0
+        if not difference <= FLOAT_TOLERANCE * size:
+            raise ExportError(
+                f"output {name!r}: {run.name} and the model differ by {difference:.3g} {when}, "
+                f"with values up to {size:.3g}"
+            )
+
+
+def _pairs(outputs: list[Array], recording: Recording) -> list[tuple[Array, Array]]:
+    if len(outputs) < len(recording.outputs):
+        raise ExportError(
+            f"the model returns {len(recording.outputs)} tensors, the file {len(outputs)}"
+        )
+    return list(zip(outputs, recording.outputs, strict=False))
+
+
+def _largest(ours: Array, theirs: Array) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    return float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max(initial=0))
+
+
+def _l2(ours: Array, theirs: Array) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    size = float(np.linalg.norm(theirs.astype(np.float64)))
+    difference = float(np.linalg.norm(ours.astype(np.float64) - theirs.astype(np.float64)))
+    return difference / size if size else difference
+
+
+def _output_steps(
+    lowered: Lowered, names: list[str], outputs: list[Array], recording: Recording
+) -> tuple[float | None, ...]:
+    """End to end, in steps of the quantizer, for outputs that are one's."""
+    grids = {chain.output: chain.grid for chain in lowered.chains}
+    return tuple(
+        float(np.abs(grids[name].steps(ours - theirs)).max(initial=0)) if name in grids else None
+        for name, (ours, theirs) in zip(names, _pairs(outputs, recording), strict=True)
+    )

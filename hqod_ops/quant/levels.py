@@ -1,0 +1,57 @@
+"""Which level a call of a shared layer belongs to."""
+
+from __future__ import annotations
+
+import torch
+
+
+class Calls:
+    """The calls of a quantizer since the model's forward pass began, each with its input's shape.
+
+    One call after the other belongs to one level after the other. When activation checkpointing
+    repeats a call in the backward pass, its level is that of the call of the same shape.
+    """
+
+    def __init__(self) -> None:
+        self._shapes: list[torch.Size] = []
+
+    def add(self, shape: torch.Size) -> int:
+        """The index of this call."""
+        self._shapes.append(shape)
+        return len(self._shapes) - 1
+
+    def clear(self) -> None:
+        """The next call is the first of a forward pass."""
+        self._shapes.clear()
+
+    def next_level(self, shape: torch.Size, levels: int, label: str) -> int:
+        """The level of this call.
+
+        Args:
+            shape (torch.Size): of its input.
+            levels (int): how many there are.
+            label (str): name of the quantizer, for errors.
+
+        Raises:
+            RuntimeError: there were that many calls already, or the call is a repetition that
+                shapes cannot tell apart.
+        """
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return self._repeated(shape, label)
+        level = self.add(shape)
+        if level >= levels:
+            raise RuntimeError(
+                f"{label}: called more than {levels} times in one forward pass, the number of its "
+                "levels in calibration; call the prepared model as a whole, or "
+                "hqod_ops.quant.reset_levels(model) before calling a part of it"
+            )
+        return level
+
+    def _repeated(self, shape: torch.Size, label: str) -> int:
+        same = [index for index, seen in enumerate(self._shapes) if seen == shape]
+        if len(same) != 1:
+            raise RuntimeError(
+                f"{label}: cannot tell which level activation checkpointing repeats: "
+                f"{len(same)} calls of the forward pass had an input of shape {tuple(shape)}"
+            )
+        return same[0]

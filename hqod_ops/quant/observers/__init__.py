@@ -1,0 +1,48 @@
+"""Observers: they look at data and say with which scale (and zero point) to start."""
+
+from hqod_ops.quant.observers._base import (
+    MAX_BITS,
+    MIN_BITS,
+    Observer,
+    affine_for_range,
+    check_bits,
+    code_range,
+    gather,
+    scale_for_range,
+)
+from hqod_ops.quant.observers._histogram import MSE, Percentile
+from hqod_ops.quant.observers._power_of_two import PowerOfTwo, PowerOfTwoRange
+from hqod_ops.quant.observers._ranges import EMAMinMax, LSQInit, MinMax
+from hqod_ops.quant.observers._search import EMAMSE
+
+OBSERVERS: dict[str, type[Observer]] = {
+    "minmax": MinMax,
+    "ema_minmax": EMAMinMax,
+    "percentile": Percentile,
+    "mse": MSE,
+    "ema_mse": EMAMSE,
+    "lsq": LSQInit,
+    "power_of_two": PowerOfTwo,
+    "power_of_two_range": PowerOfTwoRange,
+}
+"""The observers by the names that configurations use."""
+
+__all__ = [
+    "EMAMSE",
+    "MAX_BITS",
+    "MIN_BITS",
+    "MSE",
+    "OBSERVERS",
+    "EMAMinMax",
+    "LSQInit",
+    "MinMax",
+    "Observer",
+    "Percentile",
+    "PowerOfTwo",
+    "PowerOfTwoRange",
+    "affine_for_range",
+    "check_bits",
+    "code_range",
+    "gather",
+    "scale_for_range",
+]
