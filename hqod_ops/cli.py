@@ -93,6 +93,23 @@ def _eval(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from hqod_ops.detection.config import ConfigError
+    from hqod_ops.detection.train import load_detector, open_data
+    from hqod_ops.quant import ExportError, detection_network, export_onnx
+
+    model, config, _ = load_detector(arguments.checkpoint)
+    if config.quant.bits == 0:
+        raise ConfigError(f"{arguments.checkpoint}: expected a quantized run, got one in float")
+    image, _ = open_data(config.data)[0]
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        print(export_onnx(detection_network(model.eval()), image[None], arguments.out))
+    except ExportError as error:
+        raise ConfigError(f"{arguments.checkpoint}: {error}") from None
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from hqod_ops.detection.demo import LENGTHS, run_demo
 
@@ -185,6 +202,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", help="default: the test split of the run")
     evaluate.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
     shared(evaluate)
+
+    export = command("export", _export, "Write the network of a quantized run as ONNX.")
+    export.add_argument("checkpoint", type=Path, help="checkpoint, or directory of a run")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .onnx file")
 
     demo = command("demo", _demo, "FP32, then 4 and 2 bits with and without HQOD, on digits.")
     length = demo.add_mutually_exclusive_group()

@@ -144,6 +144,19 @@ def test_diverged_training_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     assert "the loss is not finite in epoch 1" in _one_line(capsys)
 
 
+@pytest.mark.require("onnx", "onnxruntime", "onnxscript")
+def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _train(tmp_path, "--name", "fp32") == 0
+    init = ["--init", str(tmp_path / "fp32" / "last.pt"), "--bits", "4"]
+    assert _train(tmp_path, "--name", "w4", *init) == 0
+    capsys.readouterr()
+    file = tmp_path / "out" / "w4.onnx"
+    assert main(["export", str(tmp_path / "w4"), "--out", str(file)]) == 0
+    assert str(file) in capsys.readouterr().out and file.stat().st_size > 0
+    assert main(["export", str(tmp_path / "fp32"), "--out", str(file)]) == BAD_INPUT
+    assert "expected a quantized run, got one in float" in _one_line(capsys)
+
+
 def test_run_as_a_module() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "hqod_ops.cli", "train", "--data", "/no/such/folder"],

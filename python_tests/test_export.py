@@ -20,8 +20,8 @@ pytestmark = pytest.mark.require("onnx", "onnxruntime", "onnxscript")
 
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
-STORAGE = {2: "2", 3: "4", 4: "4", 6: "8", 8: "8"}
-OPSET = {2: 25, 3: 21, 4: 21, 6: 18, 8: 18}
+OPSET = {2: 25, 4: 21, 8: 18}
+"""The first opset with integers of so many bits."""
 
 
 def network(groups: int = 2) -> nn.Sequential:
@@ -60,6 +60,14 @@ class Exported(NamedTuple):
     model: nn.Module
     report: ExportReport
     file: Any
+
+
+def width(bits: int) -> int:
+    """Bits of the integer type. Older packages have none of 2 bits."""
+    from hqod_ops.quant.export.evaluate import usable_opset
+
+    fits = [width for width, opset in OPSET.items() if width >= bits and opset <= usable_opset()]
+    return min(fits)
 
 
 @pytest.fixture(scope="module", params=[2, 3, 4, 6, 8])
@@ -107,7 +115,7 @@ def test_file_has_the_codes_scales_and_zero_points_of_the_model(exported: Export
             assert torch.equal(torch.from_numpy(scale.reshape(-1).copy()), expected)
             assert zero.shape == scale.shape and not zero.astype(np.int64).any()
         codes = stored[f"{name}.weight.codes"]
-        assert codes.dtype.name == f"int{STORAGE[exported.bits]}"
+        assert codes.dtype.name == f"int{width(exported.bits)}"
         low, high = weight.codes()
         scale = weight.effective_scale().detach()
         if weight.ch_axis is not None:
@@ -123,11 +131,11 @@ def test_file_has_the_codes_scales_and_zero_points_of_the_model(exported: Export
 def test_opset_and_types_by_need(exported: Exported) -> None:
     from onnx import TensorProto, checker
 
-    bits = STORAGE[exported.bits]
+    bits = width(exported.bits)
     assert [(entry.domain, entry.version) for entry in exported.file.opset_import] == [
-        ("", OPSET[exported.bits])
+        ("", OPSET[bits])
     ]
-    assert exported.report.opset == OPSET[exported.bits]
+    assert exported.report.opset == OPSET[bits]
     assert set(exported.report.storage) == {f"INT{bits}", f"UINT{bits}"}
     assert sum(exported.report.storage.values()) == 2 * len(layers(exported.model))
     checker.check_model(exported.file, full_check=True)
@@ -142,11 +150,11 @@ def test_weights_are_packed(exported: Exported) -> None:
     stored = {entry.name: entry for entry in exported.file.graph.initializer}
     for name, layer in layers(exported.model).items():
         packed = len(stored[f"{name}.weight.codes"].raw_data)
-        assert packed == -(-layer.weight.numel() * int(STORAGE[exported.bits]) // 8)
+        assert packed == -(-layer.weight.numel() * width(exported.bits) // 8)
     parameters = sum(4 * p.numel() for p in network().parameters())
     assert exported.report.size == exported.report.path.stat().st_size
     # Scales, biases, norms and the graph itself are the rest.
-    assert exported.report.size < parameters * int(STORAGE[exported.bits]) / 32 + 20_000
+    assert exported.report.size < parameters * width(exported.bits) / 32 + 20_000
     assert abs(exported.report.float_size - parameters) < 20_000
 
 

@@ -113,6 +113,11 @@ def test_opset(tmp_path: Path) -> None:
         export_onnx(calibrated(), EXAMPLE, tmp_path / "m.onnx", opset="21")  # type: ignore[arg-type]
 
 
+def test_directory_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="path: there is no directory '.*none'"):
+        export_onnx(calibrated(), EXAMPLE, tmp_path / "none" / "m.onnx")
+
+
 class Branch(nn.Module):
     def __init__(self) -> None:
         super().__init__()

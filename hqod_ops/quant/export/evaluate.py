@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from hqod_ops.quant.export._extras import require
-from hqod_ops.quant.export.grid import Array
+from hqod_ops.quant.export.grid import BASE_OPSET, STORAGES, Array
 
 Feeds = dict[str, Array]
 
@@ -53,7 +54,7 @@ class Reference:
             outputs: list[Array] = self._evaluator.run(None, feeds)
         except Exception as error:
             raise RuntimeError(
-                f"{self.name} cannot run the exported model, and neither can onnxruntime: "
+                f"{self.name} cannot run the exported model, and onnxruntime cannot load it: "
                 f"{first_line(error)}"
             ) from error
         return outputs
@@ -87,6 +88,36 @@ def evaluator(model: bytes, *, optimized: bool = True) -> tuple[Evaluator, str]:
             continue
         return found, first_line(problem)
     raise RuntimeError(f"nothing can load the exported model: {first_line(problem)}") from problem
+
+
+@functools.cache
+def usable_opset() -> int:
+    """The highest opset that a storage needs, of those that the installed packages have.
+
+    Asked of the packages themselves, since ONNX Runtime does not tell: by a model of one node.
+    """
+    onnx, helper = require("onnx"), require("onnx.helper")
+    known = onnx.defs.onnx_opset_version()
+    for storage in sorted(STORAGES, key=lambda entry: -entry.opset):
+        if storage.opset > known:
+            continue
+        types = onnx.TensorProto.FLOAT, storage.onnx_type
+        graph = helper.make_graph(
+            [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"])],
+            "probe",
+            [helper.make_tensor_value_info(name, types[0], [1]) for name in ("x", "scale")],
+            [helper.make_tensor_value_info("y", types[1], [1])],
+            [onnx.numpy_helper.from_array(np.zeros(1, storage.numpy_type), "zero")],
+        )
+        imports = [helper.make_opsetid("", storage.opset)]
+        ir_version = helper.find_min_ir_version_for(imports)
+        model = helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
+        try:
+            _Runtime(model.SerializeToString(), optimized=True)
+        except Exception:
+            continue
+        return storage.opset
+    return BASE_OPSET
 
 
 def first_line(error: BaseException) -> str:

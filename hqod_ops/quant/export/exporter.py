@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hqod_ops.quant.export._extras import require
-from hqod_ops.quant.export.grid import BASE_OPSET, Grid, installed_opset
+from hqod_ops.quant.export.evaluate import usable_opset
+from hqod_ops.quant.export.grid import BASE_OPSET, Grid
 from hqod_ops.quant.export.lowering import Lowered, lower
 from hqod_ops.quant.export.nms import NMS, append_nms
 from hqod_ops.quant.export.record import quantizers, read_grids, record
@@ -87,18 +88,17 @@ def export_onnx(
     Biases and all that is not quantized stay in float32. A layer shared by several levels has one
     weight and the scales of every level.
 
-    ===========  ==================  =====
-    bits         integer type        opset
-    ===========  ==================  =====
-    2            int2, uint2         25
-    3            int4, uint4, Clip   21
-    4            int4, uint4         21
-    5, 6, 7      int8, uint8, Clip   18
-    8            int8, uint8         18
-    ===========  ==================  =====
+    ========  ==================  =====
+    bits      integer type        opset
+    ========  ==================  =====
+    2         int2, uint2         25
+    3, 4      int4, uint4         21
+    5 to 8    int8, uint8         18
+    ========  ==================  =====
 
-    The file has the lowest opset that its types need. Where ``opset`` or the installed onnx is
-    older, the next larger type holds the codes, with a Clip of the activation.
+    The file has the lowest opset that its types need. Where ``opset`` or the installed packages are
+    older, the next larger type holds the codes. Where a type is larger than the codes, Max and Min
+    in front of the QuantizeLinear limit the activation.
 
     **What is checked.** A sum in another order differs in the last bit; where such a difference
     lies at the middle between two codes, the code differs by one step, and the layers behind it
@@ -109,8 +109,8 @@ def export_onnx(
     by 0.1 % of its largest value. This holds with the default optimizations of ONNX Runtime, which
     may round biases too, and without them, where besides at most 1 % of a tensor's codes (or 16)
     may be neighbours. Then the file runs end to end; if no code was a neighbour, the same bound
-    holds there. The report has the differences of both. ONNX's reference evaluator runs what the
-    runtime cannot load, with a warning.
+    holds there. The report has the differences of both. If the runtime cannot load the file so, it
+    runs without optimizations or ONNX's reference evaluator does, with a warning.
 
     The model is copied, and exported as it is in eval mode; the copy and the file's activations on
     the example need memory.
@@ -122,8 +122,8 @@ def export_onnx(
         example (Tensor or tuple): the positional arguments, such as a batch of real images. Its
             shapes are those of the file, unless ``dynamic_shapes`` says otherwise.
         path (str or path-like): the file. It is only written when it was found right.
-        opset (int, optional): the highest that the runtime knows. Default: None, that of the
-            installed onnx
+        opset (int, optional): the highest that the runtime knows. Default: None, the highest that
+            the installed onnx and onnxruntime know
         dynamic_shapes (optional): see ``torch.export.export``. Default: None
         input_names (sequence of str, optional), output_names (sequence of str, optional): names in
             the file. Default: None, torch's
@@ -140,24 +140,28 @@ def export_onnx(
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing; the message names the extra.
         ValueError: the model has no quantized layer, was not calibrated, or has a quantizer that
-            ONNX cannot express; the opset is below 18.
+            ONNX cannot express; the opset is below 18, or there is no such directory.
         TypeError: a parameter or the example is float16, bfloat16 or float64.
         RuntimeError: torch cannot export the model.
         ExportError: the file does not compute what the model does.
 
     Example:
-        >>> import torch
+        >>> import tempfile, torch
         >>> from torch import nn
         >>> from hqod_ops.quant import calibrate, prepare_qat
         >>> from hqod_ops.quant.export import export_onnx  # needs hqod_ops[export]
         >>> model = prepare_qat(nn.Sequential(nn.Conv2d(3, 8, 3)), "w8a8")
         >>> model = calibrate(model, [torch.rand(1, 3, 8, 8)], progress=False)
-        >>> report = export_onnx(model, torch.rand(1, 3, 8, 8), "/tmp/model.onnx")
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     report = export_onnx(model, torch.rand(1, 3, 8, 8), f"{directory}/model.onnx")
         >>> report.opset, report.storage
         (18, {'INT8': 1, 'UINT8': 1})
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module)
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"path: there is no directory {str(path.parent)!r}")
     limit = _opset_limit(opset)
     arguments = pytree.tree_map(_to_cpu, example if isinstance(example, tuple) else (example,))
     _check_model(model)
@@ -182,7 +186,6 @@ def export_onnx(
     verification = verify(lowered, file, recording, feeds, max_steps)
     if nms is not None:
         file = append_nms(lowered.model, nms, feeds)
-    path = Path(path)
     part = path.with_name(f"{path.name}.part")
     part.write_bytes(file)
     part.replace(path)
@@ -190,14 +193,13 @@ def export_onnx(
 
 
 def _opset_limit(opset: int | None) -> int:
-    highest = installed_opset()
     if opset is None:
-        return highest
+        return usable_opset()
     if isinstance(opset, bool) or not isinstance(opset, int):
         raise TypeError(f"opset: expected an int, got {type(opset).__name__}")
     if opset < BASE_OPSET:
         raise ValueError(f"opset: expected at least {BASE_OPSET}, got {opset}")
-    return min(opset, highest)
+    return min(opset, int(require("onnx.defs").onnx_opset_version()))
 
 
 def _to_cpu(value: Any) -> Any:

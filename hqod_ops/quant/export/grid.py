@@ -57,13 +57,6 @@ STORAGES = (
 )
 """The smallest first."""
 
-HIGHEST_OPSET = max(storage.opset for storage in STORAGES)
-
-
-def installed_opset() -> int:
-    """The highest opset that the installed onnx knows, and that any storage asks for."""
-    return min(HIGHEST_OPSET, int(require("onnx.defs").onnx_opset_version()))
-
 
 @dataclass(frozen=True, eq=False)
 class Grid:
