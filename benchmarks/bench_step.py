@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""A training step of torchvision's RetinaNet: float, LSQ in plain PyTorch, and our ops.
+"""A training step of torchvision's RetinaNet: float, LSQ by the peers' ops, and by ours.
 
     python benchmarks/bench_step.py --device cuda         # RetinaNet-R50, 8 images of 640x640
-    python benchmarks/bench_step.py --quick               # a small one on the CPU
+    python benchmarks/bench_step.py                       # one image of 192x192, on the CPU
+    python benchmarks/bench_step.py --quick               # a small one, to see that it works
 
 It writes the result as JSON, and beside it the profiler's tables as text.
 """
@@ -67,7 +68,7 @@ def run(
 
 def table(entries: list[dict[str, Any]]) -> tables.Table:
     """The result for a reader."""
-    columns = ["entry", "mixed precision", "step", "p20 to p80", "peak memory", "added by"]
+    columns = ["entry", "mixed precision", "step", "p20 to p80", "peak memory", "saved", "added by"]
     columns += ["our ops"]
     rows = []
     for entry in entries:
@@ -79,6 +80,7 @@ def table(entries: list[dict[str, Any]]) -> tables.Table:
                 f"{ms['median']:.1f} ms",
                 f"{ms['p20']:.1f} to {ms['p80']:.1f} ms",
                 "" if peak is None else f"{peak / 2**30:.2f} GiB",
+                f"{entry['saved_bytes'] / 2**20:.0f} MiB",
                 f"{100 * entry['share_added']:.1f} %",
                 f"{100 * entry['share_of_our_ops']:.1f} %",
             ]
@@ -89,7 +91,8 @@ def table(entries: list[dict[str, Any]]) -> tables.Table:
 def main(argv: list[str] | None = None) -> int:
     """The exit status."""
     args = _arguments(argv)
-    settings = step.QUICK if args.quick else step.FULL
+    on_gpu = args.device == "cuda"
+    settings = step.QUICK if args.quick else step.FULL if on_gpu else step.SMALL
     torch.backends.cudnn.benchmark = True
     amps = {"off": (False,), "on": (True,), "both": (False, True)}[args.amp]
     entries, profiles = run(settings, torch.device(args.device), amps)

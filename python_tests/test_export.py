@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from hqod_ops.quant import LSQ, QATConfig, QATLayer, Rule, calibrate, prepare_qat
 from hqod_ops.quant.export import ExportError, ExportReport, export_onnx
 from hqod_ops.quant.producers import place_on_producers
+from python_tests.onnx_run import run
 
 pytestmark = pytest.mark.require("onnx", "onnxruntime", "onnxscript")
 
@@ -92,15 +93,6 @@ def constants(file: Any) -> dict[str, np.ndarray]:
 
 def layers(model: nn.Module) -> dict[str, QATLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, QATLayer)}
-
-
-def run(path: Path, *inputs: Tensor) -> list[np.ndarray]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-    return session.run(None, feeds)
 
 
 def test_file_has_the_codes_scales_and_zero_points_of_the_model(exported: Exported) -> None:

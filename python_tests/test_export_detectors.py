@@ -15,6 +15,7 @@ from hqod_ops.quant import calibrate, prepare_qat
 from hqod_ops.quant.export import NMS, detection_network, export_onnx
 from hqod_ops.quant.export.evaluate import usable_opset
 from hqod_ops.quant.producers import place_on_producers
+from python_tests.onnx_run import run
 
 pytestmark = pytest.mark.require("onnx", "onnxruntime", "onnxscript", "torchvision")
 
@@ -91,15 +92,6 @@ def calibrated(build: Any, config: str = "hqod_w4a4", producers: bool = False) -
     images = torch.randn(2, 3, 32, 32) if build is atss else list(torch.rand(2, 3, 32, 32))
     calibrate(prepared, [images], progress=False)
     return model
-
-
-def run(path: Path, *inputs: Tensor) -> list[np.ndarray]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [entry.name for entry in session.get_inputs()]
-    feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
-    return session.run(None, feeds)
 
 
 @pytest.mark.parametrize(

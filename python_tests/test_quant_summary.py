@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant import QATConfig, Rule, calibrate, prepare_qat, summary
+from hqod_ops.quant import (
+    QATConfig,
+    Rule,
+    calibrate,
+    place_on_producers,
+    prepare_qat,
+    summary,
+)
 
 
 def test_shares_of_the_inputs_in_a_batch() -> None:
@@ -92,3 +99,12 @@ def test_a_batch_meets_the_error_of_an_uncalibrated_model() -> None:
     model = prepare_qat(nn.Sequential(nn.Linear(2, 2)), "w8a8")
     with pytest.raises(RuntimeError, match=r"0\.input_quantizer.*never calibrated"):
         summary(model, torch.ones(1, 2))
+
+
+def test_an_absorbed_activation_is_shown() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    prepare_qat(model, QATConfig(4, 4, first=(), prediction=()))
+    assert "absorbs" not in str(summary(model))
+    place_on_producers(model)
+    assert [row.absorbed for row in summary(model)] == ["", "relu", ""]
+    assert "absorbs" in str(summary(model))

@@ -1,12 +1,11 @@
-"""One training step of torchvision's RetinaNet: float, with LSQ in plain PyTorch, with ours."""
+"""One training step of torchvision's RetinaNet: float, with LSQ of the peers, with ours."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,9 +15,12 @@ from torch.profiler import ProfilerActivity, profile
 from bench import peers
 from bench.measure import spread
 from hqod_ops import _loader, reference
-from hqod_ops.quant import calibrate, parameter_groups, prepare_qat
+from hqod_ops.quant import calibrate, parameter_groups, place_on_producers, prepare_qat
 
-VARIANTS = ("float", "eager LSQ", "ours")
+PEERS = {"eager LSQ": peers.lsq, "torch's own": peers.torch_learnable}
+"""What stands in for fake_quant: the rest of the toolkit is the same for all."""
+
+VARIANTS = ("float", *PEERS, "ours", "ours, on producers")
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
@@ -36,6 +38,7 @@ class Settings:
 
 
 FULL = Settings()
+SMALL = Settings(batch=1, size=192, warmup=1, steps=5)
 QUICK = Settings(backbone="resnet18", batch=1, size=64, warmup=1, steps=2)
 
 
@@ -84,39 +87,46 @@ def _settle(model: nn.Module, batch: Batch) -> None:
         norm.momentum = momentum
 
 
-def _eager_fake_quant(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, **options: Any
-) -> Tensor:
-    """LSQ as a training script writes it; for what else there may be, the definition."""
-    if zero_point is not None or options.get("activation") is not None:
-        return reference.fake_quant(x, scale, zero_point, **options)
-    low, high, factor = options["quant_min"], options["quant_max"], options["grad_scale"]
-    if factor == "lsq":
-        factor = reference.lsq_grad_scale(x.numel(), scale.numel(), high)
-    return peers.lsq(x, scale, low, high, options["ch_axis"], factor)
+class _PeerOps:
+    """The public functions, computed by a peer."""
 
+    def __init__(self, op: Callable[..., Tensor]) -> None:
+        self._op = op
 
-def _eager_foreach(
-    xs: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    zero_points: Sequence[Tensor] | None = None,
-    *,
-    quant_min: Sequence[int],
-    quant_max: Sequence[int],
-    **options: Any,
-) -> list[Tensor]:
-    zeros = [None] * len(xs) if zero_points is None else zero_points
-    every = zip(xs, scales, zeros, quant_min, quant_max, strict=True)
-    return [_eager_fake_quant(x, s, z, quant_min=lo, quant_max=hi, **options)
-            for x, s, z, lo, hi in every]  # fmt: skip
+    def fake_quant(
+        self, x: Tensor, scale: Tensor, zero_point: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        if zero_point is not None or options.get("activation") is not None:
+            return reference.fake_quant(x, scale, zero_point, **options)
+        low, high, factor = options["quant_min"], options["quant_max"], options["grad_scale"]
+        if factor == "lsq":
+            factor = reference.lsq_grad_scale(x.numel(), scale.numel(), high)
+        return self._op(x, scale, low, high, options["ch_axis"], factor)
+
+    def fake_quant_foreach(
+        self,
+        xs: Sequence[Tensor],
+        scales: Sequence[Tensor],
+        zero_points: Sequence[Tensor] | None = None,
+        *,
+        quant_min: Sequence[int],
+        quant_max: Sequence[int],
+        **options: Any,
+    ) -> list[Tensor]:
+        zeros = [None] * len(xs) if zero_points is None else zero_points
+        every = zip(xs, scales, zeros, quant_min, quant_max, strict=True)
+        return [
+            self.fake_quant(x, s, z, quant_min=lo, quant_max=hi, **options)
+            for x, s, z, lo, hi in every
+        ]
 
 
 @contextlib.contextmanager
-def eager_ops() -> Iterator[None]:
-    """The quantizers call plain PyTorch in the place of the native ops."""
+def ops_of(variant: str) -> Iterator[None]:
+    """The quantizers call what a variant stands for."""
     native = _loader._backend_module
-    eager = SimpleNamespace(fake_quant=_eager_fake_quant, fake_quant_foreach=_eager_foreach)
-    _loader._backend_module = eager  # type: ignore[assignment]
+    if variant in PEERS:
+        _loader._backend_module = _PeerOps(PEERS[variant])  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -128,8 +138,28 @@ def make(variant: str, settings: Settings, batch: Batch, device: torch.device) -
     model = build(settings, device)
     _settle(model, batch)
     if variant != "float":
-        model = calibrate(prepare_qat(model, settings.config), [batch], progress=False)
+        model = prepare_qat(model, settings.config)
+        if variant == "ours, on producers":
+            place_on_producers(model)
+        model = calibrate(model, [batch], progress=False)
     return model.train()
+
+
+def saved_bytes(model: nn.Module, batch: Batch) -> int:
+    """What a forward pass keeps for the backward pass, the model's own parameters aside."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    seen: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage  # kept, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        losses = model(*batch)
+    del losses
+    return sum(storage.nbytes() for storage in seen.values())
 
 
 class Step:
@@ -139,13 +169,13 @@ class Step:
         self._model, self._batch, self._device, self._amp = model, batch, device, amp
         groups = parameter_groups(model, weight_decay=1e-4)
         self._optimizer = torch.optim.SGD(groups, lr=1e-4, momentum=0.9)
-        self._dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-        scaled = amp and self._dtype == torch.float16
+        self.dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+        scaled = amp and self.dtype == torch.float16
         self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
 
     def __call__(self) -> Tensor:
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device.type, self._dtype, enabled=self._amp):
+        with torch.autocast(self._device.type, self.dtype, enabled=self._amp):
             losses = self._model(*self._batch)
         loss: Tensor = sum(losses.values())
         self._scaler.scale(loss).backward()
@@ -202,8 +232,9 @@ def measure(
         RuntimeError: the loss is not finite.
     """
     batch = make_batch(settings, device)
-    with eager_ops() if variant == "eager LSQ" else contextlib.nullcontext():
-        step = Step(make(variant, settings, batch, device), batch, device, amp)
+    with ops_of(variant):
+        model = make(variant, settings, batch, device)
+        step = Step(model, batch, device, amp)
         for _ in range(settings.warmup):
             loss = step()
         if not bool(loss.isfinite()):
@@ -215,11 +246,14 @@ def measure(
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
         share, table = _profiled(step, device)
+        with torch.autocast(device.type, step.dtype, enabled=amp):
+            saved = saved_bytes(model, batch)
     found = {
         "variant": variant,
         "amp": amp,
         "ms": spread([1e3 * t for t in times], 3),
         "peak_bytes": peak,
+        "saved_bytes": saved,
         "share_of_our_ops": round(share, 4),
     }
     return found, table

@@ -34,6 +34,8 @@ class LayerSummary:
         act_clipped (tuple of float), act_zero (tuple of float): the same of the inputs in a batch,
             one a level; empty without a batch.
         weight_quantizer (str), act_quantizer (str): class names; empty if not quantized.
+        absorbed (str): the activation that the input's quantizer takes in, ``"relu"`` or
+            ``"relu6"``, see :func:`hqod_ops.quant.place_on_producers`; empty if none.
     """
 
     name: str
@@ -49,6 +51,7 @@ class LayerSummary:
     act_zero: tuple[float, ...] = ()
     weight_quantizer: str = ""
     act_quantizer: str = ""
+    absorbed: str = ""
 
 
 class Summary(Sequence[LayerSummary]):
@@ -86,7 +89,11 @@ class Summary(Sequence[LayerSummary]):
         right = ["w bits", "clipped", "zero", "a bits"]
         if any(row.act_clipped for row in self):
             head += ["a clipped", "a zero"]
-        table = text_table(head, [_cells(row)[: len(head)] for row in self], right)
+        rows = [_cells(row)[: len(head)] for row in self]
+        if any(row.absorbed for row in self):
+            head.append("absorbs")
+            rows = [[*cells, row.absorbed] for cells, row in zip(rows, self, strict=True)]
+        table = text_table(head, rows, right)
         if not self.float_size_mb:
             return table
         return f"{table}\n{self.size_mb:.3g} MB, in float {self.float_size_mb:.3g} MB"
@@ -251,6 +258,7 @@ def _row(name: str, layer: QATLayer, shares: dict[Quantizer, list[_Share]]) -> L
         act_zero=tuple(share for _, share in act_shares),
         weight_quantizer="" if weights is None else type(weights).__name__,
         act_quantizer="" if inputs is None else type(inputs).__name__,
+        absorbed="" if inputs is None else inputs.activation or "",
     )
 
 
