@@ -27,12 +27,19 @@ def modules() -> list[str]:
     return ["hqod_ops", *found]
 
 
+NEEDS = {
+    "hqod_ops.detection": ("torchvision", "pycocotools", "sklearn", "matplotlib"),
+    "hqod_ops.quant.export": ("onnx", "onnxruntime", "onnxscript", "torchvision"),
+}
+
+
 def parameters() -> list[object]:
-    extra = pytest.mark.require("torchvision", "pycocotools", "sklearn", "matplotlib")
-    return [
-        pytest.param(name, marks=extra if name.startswith("hqod_ops.detection") else ())
-        for name in modules()
-    ]
+    found = []
+    for name in modules():
+        needed = [extra for prefix, extra in NEEDS.items() if name.startswith(prefix)]
+        marks = [pytest.mark.require(*extra) for extra in needed]
+        found.append(pytest.param(name, marks=marks))
+    return found
 
 
 @pytest.mark.parametrize("name", parameters())
