@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -44,8 +45,14 @@ def _free_gpu_memory() -> float:
     return torch.cuda.mem_get_info()[0] / 2**30 if _cuda() else 0.0
 
 
+def _cuda_library() -> bool:
+    path = Path(hqod_ops.__file__).parent / "lib" / "libhqod_ops_cuda.so"
+    return path.exists() and not emulated()
+
+
 AVAILABLE = {
     "ext": _ext,  # the native ops
+    "cuda_library": _cuda_library,  # built, though there may be no GPU to run it
     "cuda": _cuda,
     "two_gpus": lambda: _cuda() and torch.cuda.device_count() > 1,
     "gpu_24gb": lambda: _free_gpu_memory() >= 24,
