@@ -1,33 +1,5 @@
-"""The optional packages of the detection part, imported when they are first used."""
+"""Imports of what ``pip install "hqod_ops[detection]"`` brings."""
 
-from __future__ import annotations
+from hqod_ops._extras import requirer
 
-import importlib
-from typing import Any
-
-
-def require(module: str, package: str | None = None) -> Any:
-    """Import an optional module, or say what to install.
-
-    Args:
-        module (str): dotted name of the module, such as ``"pycocotools.coco"``.
-        package (str, optional): the name people know it by. Default: None, the first part of module
-
-    Returns:
-        module: the imported module.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra that brings it.
-
-    Example:
-        >>> from hqod_ops.detection._extras import require
-        >>> require("json").loads("[1]")
-        [1]
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = package or module.partition(".")[0]
-        raise ImportError(
-            f'{name} is needed here ({error}): pip install "hqod_ops[detection]"'
-        ) from error
+require = requirer("detection")
