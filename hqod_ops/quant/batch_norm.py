@@ -64,8 +64,9 @@ def freeze_batch_norm(model: _Model, *, affine: bool = False) -> _Model:
     Example:
         >>> from torch import nn
         >>> from hqod_ops.quant import freeze_batch_norm
-        >>> freeze_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))).train()[1]
-        FrozenBatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        >>> model = freeze_batch_norm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        >>> type(model.train()[1]).__name__
+        'FrozenBatchNorm2d'
     """
     found = {name: m for name, m in model.named_modules() if type(m) in _FROZEN}
     for name, module in found.items():
