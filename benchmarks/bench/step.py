@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,19 @@ from torch.profiler import ProfilerActivity, profile
 from bench import peers
 from bench.measure import spread
 from hqod_ops import _loader, reference
-from hqod_ops.quant import calibrate, parameter_groups, place_on_producers, prepare_qat
+from hqod_ops.quant import (
+    calibrate,
+    parameter_groups,
+    place_on_producers,
+    plan_qat,
+    prepare_qat,
+)
 
 PEERS = {"eager LSQ": peers.lsq, "torch's own": peers.torch_learnable}
 """What stands in for fake_quant: the rest of the toolkit is the same for all."""
 
-VARIANTS = ("float", *PEERS, "ours", "ours, on producers")
+HAS_BREVITAS = importlib.util.find_spec("brevitas") is not None
+VARIANTS = ("float", *PEERS, *["brevitas"] * HAS_BREVITAS, "ours", "ours, on producers")
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
@@ -133,11 +141,50 @@ def ops_of(variant: str) -> Iterator[None]:
         _loader._backend_module = native
 
 
+def _with_brevitas(model: nn.Module, config: str, batch: Batch) -> nn.Module:
+    """brevitas' convolutions in the place of the model's, with the bits that ours would get.
+
+    Its default integer quantizers, scales per tensor: the weight's from its range at every call,
+    the input's learned, after the statistics of one call.
+    """
+    import brevitas.nn as brevitas
+    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerTensorFloat
+
+    modules = dict(model.named_modules())
+    for name, plan in plan_qat(model, config).items():
+        old = modules[name]
+        if not isinstance(old, nn.Conv2d):
+            raise TypeError(f"{name}: expected a convolution, got {type(old).__name__}")
+        new = brevitas.QuantConv2d(
+            old.in_channels,
+            old.out_channels,
+            old.kernel_size,
+            old.stride,
+            old.padding,
+            old.dilation,
+            old.groups,
+            bias=old.bias is not None,
+            weight_quant=Int8WeightPerTensorFloat,
+            weight_bit_width=plan.weight_bits,
+            input_quant=Int8ActPerTensorFloat,
+            input_bit_width=plan.act_bits,
+            input_collect_stats_steps=1,
+        )
+        new.load_state_dict(old.state_dict(), strict=False)
+        parent, _, own = name.rpartition(".")
+        setattr(modules[parent], own, new.to(old.weight.device))
+    with torch.no_grad():
+        model.train()(*batch)
+    return model
+
+
 def make(variant: str, settings: Settings, batch: Batch, device: torch.device) -> nn.Module:
     """The model of a variant, ready to be trained."""
     model = build(settings, device)
     _settle(model, batch)
-    if variant != "float":
+    if variant == "brevitas":
+        model = _with_brevitas(model, settings.config, batch)
+    elif variant != "float":
         model = prepare_qat(model, settings.config)
         if variant == "ours, on producers":
             place_on_producers(model)
