@@ -9,7 +9,7 @@ compiler=${CXX:-c++}
 mkdir -p "$tree"
 tar --create --exclude='*.so' --exclude=__pycache__ \
   hqod_ops python_tests benchmarks pyproject.toml | tar --extract --directory "$tree"
-cmake -S . -B build/sanitize/cmake -G Ninja -DHQOD_SANITIZE=ON -DHQOD_HOST=OFF \
+cmake -S . -B build/sanitize/cmake -G Ninja -DHQOD_SANITIZE=ON -DHQOD_HOST=OFF -DHQOD_CUDA=OFF \
   -DHQOD_OUTPUT="$PWD/$tree/hqod_ops" -DPython_EXECUTABLE="$(command -v python)"
 cmake --build build/sanitize/cmake
 
