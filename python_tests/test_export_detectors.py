@@ -188,3 +188,35 @@ def test_non_maximum_suppression_in_the_file(tmp_path: Path) -> None:
         assert np.allclose(
             found_boxes[mine][order].sum(), boxes[image, place][kept].sum(), rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("build", [retinanet, fcos, ssdlite, faster_rcnn])
+def test_trained_saved_loaded_evaluated_exported(build: Any, tmp_path: Path) -> None:
+    """The whole way of a detector, after its calibration."""
+    model = calibrated(build)
+    boxes = torch.tensor([[4.0, 4.0, 20.0, 20.0], [10.0, 8.0, 30.0, 28.0]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([1, 2])} for _ in range(2)]
+    images = list(torch.rand(2, 3, 32, 32))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    for _ in range(2):
+        optimizer.zero_grad()
+        sum(model(images, targets).values()).backward()
+        optimizer.step()
+    assert any(not torch.equal(before[name], v) for name, v in model.state_dict().items())
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+
+    loaded = build()
+    edges = {"first": "backbone.stem.0", "prediction": ()} if build is ssdlite else {}
+    prepare_qat(loaded, "hqod_w4a4", **edges)
+    loaded.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True))
+    with torch.no_grad():
+        for found, expected in zip(loaded.eval()(images), model.eval()(images), strict=True):
+            assert torch.equal(found["boxes"], expected["boxes"])
+
+    example: Any = torch.randn(1, 3, 32, 32)
+    if build is faster_rcnn:
+        example = (example, torch.tensor([[[2.0, 2.0, 20.0, 24.0], [5.0, 5.0, 30.0, 30.0]]]))
+    report = export_onnx(detection_network(loaded), example, tmp_path / "model.onnx")
+    assert report.steps <= 1
