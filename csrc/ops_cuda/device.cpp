@@ -1,6 +1,7 @@
 // A CUDA device: kernels on torch's current stream, partial sums in memory of torch's allocator.
 #include "ops/device.h"
 
+#include <optional>
 #include <vector>
 
 #include "kernels/cuda/fake_quant.h"
@@ -71,8 +72,9 @@ void run_fake_quant_backward(FakeQuantCall* const* calls, int64_t count, const T
     if (calls[i]->d_scale != nullptr) doubles += sizes[i];
     if (calls[i]->d_zero_point != nullptr) doubles += sizes[i];
   }
-  const Tensor sums = scratch(doubles, like);
-  double* next = static_cast<double*>(sums.mutable_data_ptr());
+  std::optional<Tensor> sums;  // none where each channel has one partial sum
+  if (doubles > 0) sums = scratch(doubles, like);
+  double* next = doubles > 0 ? static_cast<double*>(sums->mutable_data_ptr()) : nullptr;
   for (int64_t i = 0; i < count; ++i) {
     if (calls[i]->d_scale != nullptr) calls[i]->scale_sums = next, next += sizes[i];
     if (calls[i]->d_zero_point != nullptr) calls[i]->zero_point_sums = next, next += sizes[i];

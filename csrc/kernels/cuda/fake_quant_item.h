@@ -12,7 +12,7 @@ struct FakeQuantItem {
   FakeQuantLayout layout;
   uint32_t first_unit;  // of this tensor, counting the units of all tensors of the table
   int at_once;          // steps of a tile that a block takes at once
-  bool vector;          // accesses of 16 bytes are aligned
+  bool vector;          // every access of a thread is aligned to its size
 };
 
 template <int n>

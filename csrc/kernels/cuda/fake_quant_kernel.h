@@ -1,6 +1,6 @@
 // The kernels of fake quantization: a block a unit of math/fake_quant_layout.h, a thread the
-// vectors of 16 bytes at its place in the unit. In a row all have one scale; in a tile a thread's
-// scales stay the same from step to step, so that no element costs a division by the layout.
+// vectors at its place in the unit. In a row all have one scale; in a tile a thread's scales stay
+// the same from step to step, so that no element costs a division by the layout.
 #pragma once
 
 #include "kernels/cuda/fake_quant_item.h"
