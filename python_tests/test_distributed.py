@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from hqod_ops import FakeQuant, hqod_loss
+from python_tests.ranks import run_ranks
 
 
 class Head(nn.Module):
@@ -31,18 +30,14 @@ def gradients(head: nn.Module, samples: int) -> list[Tensor]:
     return [parameter.grad for parameter in head.parameters()]
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def work(rank: int) -> list[Tensor]:
     torch.manual_seed(0)
     head = nn.parallel.DistributedDataParallel(Head())
-    torch.save(gradients(head, samples=0 if rank else 16), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return gradients(head, samples=0 if rank else 16)
 
 
 def test_a_rank_without_positives(tmp_path: Path) -> None:
-    mp.spawn(work, args=(str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = run_ranks(work, tmp_path)
     torch.manual_seed(0)
     alone = gradients(Head(), samples=16)
     for got, same, whole in zip(first, second, alone, strict=True):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from hqod_ops.quant import OBSERVERS, QATConfig, Rule, calibrate, parameter_groups, prepare_qat
+from python_tests.ranks import run_ranks
 
 KINDS = [name for name in OBSERVERS if not name.startswith("power")]
 
@@ -62,9 +60,7 @@ def error_of(function: Any, *args: Any) -> str:
     return f"{type(error.value).__name__}: {error.value}"
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def work(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
 
     # Weights that differ as well, as before DistributedDataParallel makes them the same.
@@ -86,8 +82,7 @@ def work(rank: int, folder: str) -> None:
     start = calibrate(made(seed=0), batches(0, 2), progress=False).state_dict()
     for foreach in (False, True):
         results[f"trained {foreach}"] = train(start, rank, foreach)
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def train(start: dict[str, Tensor], rank: int, foreach: bool) -> dict[str, Tensor]:
@@ -108,9 +103,7 @@ def train(start: dict[str, Tensor], rank: int, foreach: bool) -> dict[str, Tenso
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return run_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
 def scales(state: dict[str, Tensor]) -> dict[str, Tensor]:

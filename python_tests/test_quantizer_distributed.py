@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from hqod_ops.quant.observers import OBSERVERS, Observer
 from hqod_ops.quant.quantizers import QUANTIZERS
-
-RANKS = 2
+from python_tests.ranks import RANKS, run_ranks
 
 
 def data(rank: int) -> Tensor:
@@ -47,11 +44,7 @@ def observed(name: str, ranks: list[int], batches: int = 2) -> Observer:
     return observer
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
-    )
+def work(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name in QUANTIZERS:
         layer = nn.parallel.DistributedDataParallel(Layer(name))
@@ -61,13 +54,11 @@ def work(rank: int, folder: str) -> None:
             observer = observed(name, ranks)
             observer.all_reduce()
             results[f"{name}, {case}"] = [observer.scale(), observer.count, observer.signed]
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    mp.spawn(work, args=(str(tmp_path),), nprocs=RANKS)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS))
+    first, second = run_ranks(work, tmp_path)
     for name in QUANTIZERS:
         alone = [gradients(Layer(name), rank) for rank in range(RANKS)]
         for got, same, one, other in zip(first[name], second[name], *alone, strict=True):
