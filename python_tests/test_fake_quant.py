@@ -77,6 +77,38 @@ def test_ties_go_to_even(dtype: torch.dtype) -> None:
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("share", [0.0005, 0.02, 1.0])
+def test_quotients_near_ties(dtype: torch.dtype, share: float) -> None:
+    """Where x * (1 / s) would not be enough: within a few roundings of k + 1/2, few or many.
+
+    The CPU's kernels take the product for the quotient in blocks that have no such value.
+    """
+    generator = torch.Generator().manual_seed(int(share * 1e4))
+    for shape, axis in (((70_001,), None), ((30, 2311), 0), ((301, 230), 1), ((7, 9, 1100), 1)):
+        for low, high in ((-2, 1), (-8, 7), (0, 255), (-(2**14), 2**14)):
+            channels = 1 if axis is None else shape[axis]
+            scale = (torch.rand(channels, generator=generator, dtype=torch.float64) + 0.05).to(
+                dtype
+            )
+            view = [-1 if i == axis else 1 for i in range(len(shape))]
+            codes = torch.rand(shape, generator=generator, dtype=torch.float64)
+            codes = low - 2 + codes * (high - low + 4)
+            near = torch.rand(shape, generator=generator) < share
+            x = (torch.where(near, codes.floor() + 0.5, codes) * scale.double().reshape(view)).to(
+                dtype
+            )
+            for _ in range(2):  # the neighbours of some of them
+                away = torch.where(torch.rand(shape, generator=generator) < 0.5, -1, 1) * torch.inf
+                x = torch.where(near, torch.nextafter(x, away.to(dtype)), x)
+            if share < 1:
+                x.view(-1)[::9973] = torch.nan
+            y = fake_quant(x, scale, quant_min=low, quant_max=high, ch_axis=axis)
+            expected = formula(x, scale, None, low, high, axis)
+            assert_same_bits(y, expected, f"{shape} {axis} {low} {high}")
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 def test_gradient_at_the_ends_of_the_range(dtype: torch.dtype) -> None:
     """dx follows the rounded code: it passes half a step beyond the range, and stops there."""
     x = torch.tensor([-8.5, -8.625, -8.0, 7.0, 7.375, 7.5, 7.625, 0.0], dtype=dtype)

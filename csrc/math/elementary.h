@@ -36,6 +36,9 @@ HQOD_HD double mul_add(double a, double b, double c) {
 #endif
 }
 
+HQOD_HD float magnitude(float x) { return __builtin_fabsf(x); }
+HQOD_HD double magnitude(double x) { return __builtin_fabs(x); }
+
 template <typename T>
 HQOD_HD T clamp_nan(T x, T low, T high) {  // NaN stays NaN
   x = x < low ? low : x;                   // one after the other: a max and a min instruction
@@ -64,8 +67,7 @@ HQOD_HD T quotient(T x, T s, T inverse) {
 
 template <typename T>
 HQOD_HD bool quotient_works(T s) {
-  const T magnitude = s < 0 ? -s : s;
-  return magnitude >= T(0x1p-100) && magnitude <= T(0x1p100);
+  return magnitude(s) >= T(0x1p-100) && magnitude(s) <= T(0x1p100);
 }
 
 HQOD_HD double exp_of(double x) { return ::exp(x); }

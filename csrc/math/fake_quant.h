@@ -14,6 +14,8 @@
 // Source: LSQ (arXiv:1902.08153), LSQ+ (arXiv:2004.09576).
 #pragma once
 
+#include <type_traits>
+
 #include "math/elementary.h"
 
 HQOD_MATH_BEGIN
@@ -58,6 +60,34 @@ template <Ratio kind, bool clipped, typename T>
 HQOD_HD T fake_quant(T x, const QuantScale<T>& s) {
   if constexpr (clipped) x = clamp_nan(x, s.x_low, s.x_high);
   return clamp_nan(round_even(quant_ratio<kind>(x, s)), s.low, s.high) * s.scale;
+}
+
+// How near to a tie x * (1 / s) must be for its code to differ from that of x / s, where neither is
+// clamped: the two differ by 3 roundings, of 2^-24 of their size each, and this is 4. Wants
+// quotient_works(s).
+template <typename T>
+HQOD_HD T tie_margin(const QuantScale<T>& s) {
+  const T low = magnitude(s.low), high = magnitude(s.high);
+  return ((low > high ? low : high) + 1) * (sizeof(T) == 4 ? T(0x1p-22) : T(0x1p-51));
+}
+
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+// What `doubt` has set after a value whose code might be another one. A sum that reaches 1 changes
+// the last bit of its exponent, so that a whole block is tested at once.
+template <typename T>
+inline constexpr Bits<T> kDoubt = Bits<T>(1) << (sizeof(T) == 4 ? 23 : 52);
+
+// fake_quant with one product for the quotient. Not sure near a tie, or of a NaN: then says so.
+template <bool clipped, typename T>
+HQOD_HD T fake_quant_guess(T x, const QuantScale<T>& s, T margin, Bits<T>& doubt) {
+  if constexpr (clipped) x = clamp_nan(x, s.x_low, s.x_high);
+  const T ratio = x * s.inverse;
+  const T code = round_even(ratio);
+  const T rest = ratio - code;
+  doubt |= bit_cast<Bits<T>>(magnitude(rest) + (T(0.5) + margin));
+  return clamp_nan(code, s.low, s.high) * s.scale;
 }
 
 template <typename T>

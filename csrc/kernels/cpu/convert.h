@@ -57,6 +57,14 @@ __attribute__((noinline)) const T* read(Dtype dtype, const void* from, int64_t s
   return static_cast<const T*>(from) + start;
 }
 
+// The same, always into the buffer.
+template <typename T>
+HQOD_HD void copy(Dtype dtype, const void* from, int64_t start, int64_t n, T* buffer) {
+  const T* values = read(dtype, from, start, n, buffer);
+  if (values == buffer) return;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = values[i];
+}
+
 // Where n results go that write() then brings to their place: that place itself, or the buffer.
 template <typename T>
 HQOD_HD T* write_target(Dtype dtype, void* to, int64_t start, T* buffer) {

@@ -1,107 +1,11 @@
 #include "kernels/cpu/fake_quant.h"
 
 #include "kernels/cpu/convert.h"
+#include "kernels/cpu/fake_quant_loops.h"
 
 HQOD_MATH_BEGIN
 
-// Independent sums, combined in a fixed order: enough of them to hide the adder's latency.
-inline constexpr int64_t kSumLanes = 32;
 inline constexpr int64_t kStage = 512;  // half-precision elements widened at a time
-
-// What is wanted of a backward pass, known at compile time; clipped: an activation comes first.
-template <bool dx_, bool ds_, bool dz_, bool clipped_>
-struct Want {
-  static constexpr bool dx = dx_, ds = ds_, dz = dz_, clipped = clipped_;
-};
-
-// One scale for the whole stretch.
-template <Ratio ratio, bool clipped, typename T>
-HQOD_HD void forward_row(const T* __restrict x, T* __restrict y, int64_t n, QuantScale<T> s) {
-  for (int64_t i = 0; i < n; ++i) y[i] = fake_quant<ratio, clipped>(x[i], s);
-}
-
-template <Ratio ratio, typename W, typename T>
-HQOD_HD void backward_row(const T* __restrict x, const T* __restrict dy, T* __restrict dx,
-                          int64_t n, QuantScale<T> s, T* __restrict sums_s, T* __restrict sums_z) {
-  int64_t i = 0;
-  if constexpr (W::ds || W::dz) {
-    T lanes_s[kSumLanes] = {}, lanes_z[kSumLanes] = {};
-    for (; i + kSumLanes <= n; i += kSumLanes) {
-      for (int64_t lane = 0; lane < kSumLanes; ++lane) {
-        const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i + lane], s, dy[i + lane]);
-        if constexpr (W::dx) dx[i + lane] = g.dx;
-        if constexpr (W::ds) lanes_s[lane] += g.ds;
-        if constexpr (W::dz) lanes_z[lane] += g.dz;
-      }
-    }
-    for (int64_t lane = 0; lane < kSumLanes; ++lane) {
-      if constexpr (W::ds) sums_s[lane] += lanes_s[lane];
-      if constexpr (W::dz) sums_z[lane] += lanes_z[lane];
-    }
-  }
-  for (int64_t lane = 0; i < n; ++i, ++lane) {
-    const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i], s, dy[i]);
-    if constexpr (W::dx) dx[i] = g.dx;
-    if constexpr (W::ds) sums_s[lane % kSumLanes] += g.ds;
-    if constexpr (W::dz) sums_z[lane % kSumLanes] += g.dz;
-  }
-}
-
-// The scale of each element of a tile.
-template <typename T>
-struct TileScales {
-  alignas(64) T scale[kTile], inverse[kTile], low[kTile], high[kTile];
-  T x_low = T(0), x_high = T(0);
-  bool shared = false;   // quotient_works for all of them
-  bool centred = false;  // without zero points, so low and high are the same for all of them
-
-  template <bool is_centred>
-  HQOD_HD QuantScale<T> at(int64_t i) const {
-    const int64_t k = is_centred ? 0 : i;
-    return {scale[i], inverse[i], low[k], high[k], x_low, x_high};
-  }
-
-  void fill(const FakeQuantCall& call, const FakeQuantLayout& layout, const FakeQuantUnit& unit) {
-    shared = true;
-    centred = call.zero_point == nullptr;
-    int64_t channel = unit.channel;
-    for (int64_t i = 0; i < unit.width; i += layout.inner) {
-      const QuantScale<T> s = channel_scale<T>(call, channel);
-      shared &= quotient_works(s.scale);
-      x_low = s.x_low;
-      x_high = s.x_high;
-      for (int64_t k = i; k < i + layout.inner; ++k) {
-        scale[k] = s.scale;
-        inverse[k] = s.inverse;
-        low[k] = s.low;
-        high[k] = s.high;
-      }
-      if (++channel == layout.channels) channel = 0;
-    }
-  }
-};
-
-// A scale for each element, from index first of the tile on, and a sum for each.
-template <Ratio ratio, bool clipped, bool centred, typename T>
-HQOD_HD void forward_tile(const T* __restrict x, T* __restrict y, int64_t n, const TileScales<T>& s,
-                          int64_t first) {
-  for (int64_t i = 0; i < n; ++i) {
-    y[i] = fake_quant<ratio, clipped>(x[i], s.template at<centred>(first + i));
-  }
-}
-
-template <Ratio ratio, bool centred, typename W, typename T>
-HQOD_HD void backward_tile(const T* __restrict x, const T* __restrict dy, T* __restrict dx,
-                           int64_t n, const TileScales<T>& s, int64_t first, T* __restrict sums_s,
-                           T* __restrict sums_z) {
-  for (int64_t i = 0; i < n; ++i) {
-    const QuantScale<T> scale = s.template at<centred>(first + i);
-    const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i], scale, dy[i]);
-    if constexpr (W::dx) dx[i] = g.dx;
-    if constexpr (W::ds) sums_s[first + i] += g.ds;
-    if constexpr (W::dz) sums_z[first + i] += g.dz;
-  }
-}
 
 // A stretch of x, of dy and of y or dx while they are widened.
 template <typename T>
@@ -109,21 +13,18 @@ struct Stage {
   alignas(64) T x[kStage], dy[kStage], out[kStage];
 };
 
-// Elements that are taken at a time: all where the tensor's own memory serves, else a stage.
-HQOD_HD int64_t stretch(Dtype dtype) {
-  const bool direct = dtype == Dtype::kFloat32 || dtype == Dtype::kFloat64;
-  return direct ? int64_t{1} << 62 : kStage;
-}
-
-// Calls f(at, n, offset) for every stretch of a unit: at in memory, offset in the tile.
+// Calls f(at, n, offset) for every stretch of a unit: at in memory, offset in the tile. A stretch
+// is all that there is where the tensor's own memory serves, else what fits the stage.
 template <typename F>
-HQOD_HD void for_stretches(const FakeQuantLayout& layout, const FakeQuantUnit& unit, int64_t step,
-                           F&& f) {
+HQOD_HD void for_stretches(const FakeQuantCall& call, const FakeQuantLayout& layout,
+                           const FakeQuantUnit& unit, F&& f) {
+  const bool direct = call.dtype == Dtype::kFloat32 || call.dtype == Dtype::kFloat64;
+  const int64_t most = direct ? unit.width : kStage;
   for (int64_t k = 0; k < unit.steps; ++k) {
     const int64_t at = unit.start + k * layout.stride;
     const int64_t width = layout.numel - at < unit.width ? layout.numel - at : unit.width;
-    for (int64_t offset = 0; offset < width; offset += step) {
-      f(at + offset, width - offset < step ? width - offset : step, offset);
+    for (int64_t offset = 0; offset < width; offset += most) {
+      f(at + offset, width - offset < most ? width - offset : most, offset);
     }
   }
 }
@@ -131,12 +32,20 @@ HQOD_HD void for_stretches(const FakeQuantLayout& layout, const FakeQuantUnit& u
 template <Ratio ratio, bool clipped, typename T>
 HQOD_HD void forward_unit(const FakeQuantCall& call, const FakeQuantLayout& layout,
                           const FakeQuantUnit& unit, const QuantScale<T>& row,
-                          const TileScales<T>& tile, Stage<T>& stage) {
-  const int64_t step = stretch(call.dtype);
-  for_stretches(layout, unit, step, [&](int64_t at, int64_t n, int64_t offset) {
+                          const TileScales<T>& tile, Stage<T>& stage, Guesses& guesses) {
+  const T margin = layout.rows ? tie_margin(row) : tile.margin;
+  for_stretches(call, layout, unit, [&](int64_t at, int64_t n, int64_t offset) {
     const T* x = read(call.dtype, call.x, at, n, stage.x);
     T* y = write_target(call.dtype, call.y, at, stage.out);
-    if (layout.rows) {
+    if (ratio == Ratio::kInverse && guesses.pay(margin)) {
+      if (layout.rows) {
+        guess_row<clipped>(x, y, n, row, margin, guesses);
+      } else if (tile.centred) {
+        guess_tile<clipped, true>(x, y, n, tile, offset, guesses);
+      } else {
+        guess_tile<clipped, false>(x, y, n, tile, offset, guesses);
+      }
+    } else if (layout.rows) {
       forward_row<ratio, clipped>(x, y, n, row);
     } else if (tile.centred) {
       forward_tile<ratio, clipped, true>(x, y, n, tile, offset);
@@ -147,19 +56,27 @@ HQOD_HD void forward_unit(const FakeQuantCall& call, const FakeQuantLayout& layo
   });
 }
 
+// The units in the order that they are worked off: all of a tile, then all of the next.
+inline FakeQuantUnit unit_in_order(const FakeQuantLayout& layout, int64_t index) {
+  if (layout.rows) return fake_quant_unit(layout, index);
+  return fake_quant_unit(layout, index % layout.blocks * layout.tiles + index / layout.blocks);
+}
+
 template <typename T, bool clipped>
 void forward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
   const FakeQuantLayout layout = cpu_layout(call);
   Stage<T> stage;
   TileScales<T> tile;
-  for (int64_t index = begin; index < end; ++index) {
-    const FakeQuantUnit unit = fake_quant_unit(layout, index);
+  Guesses guesses;
+  const bool down = from_the_end(call.x, call.y);
+  for (int64_t k = begin; k < end; ++k) {
+    const FakeQuantUnit unit = unit_in_order(layout, down ? begin + end - 1 - k : k);
     const QuantScale<T> row = channel_scale<T>(call, unit.channel);
     if (!layout.rows) tile.fill(call, layout, unit);
     if (layout.rows ? quotient_works(row.scale) : tile.shared) {
-      forward_unit<Ratio::kInverse, clipped>(call, layout, unit, row, tile, stage);
+      forward_unit<Ratio::kInverse, clipped>(call, layout, unit, row, tile, stage, guesses);
     } else {
-      forward_unit<Ratio::kDivided, clipped>(call, layout, unit, row, tile, stage);
+      forward_unit<Ratio::kDivided, clipped>(call, layout, unit, row, tile, stage, guesses);
     }
   }
 }
@@ -194,8 +111,7 @@ template <Ratio ratio, typename W, typename T>
 HQOD_HD void backward_unit(const FakeQuantCall& call, const FakeQuantLayout& layout,
                            const FakeQuantUnit& unit, const QuantScale<T>& row,
                            const TileScales<T>& tile, Stage<T>& stage, UnitSums<T>& sums) {
-  const int64_t step = stretch(call.dtype);
-  for_stretches(layout, unit, step, [&](int64_t at, int64_t n, int64_t offset) {
+  for_stretches(call, layout, unit, [&](int64_t at, int64_t n, int64_t offset) {
     const T* x = read(call.dtype, call.x, at, n, stage.x);
     const T* dy = read(call.dtype, call.dy, at, n, stage.dy);
     T* dx = W::dx ? write_target(call.dtype, call.dx, at, stage.out) : nullptr;
@@ -217,7 +133,7 @@ void backward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
   TileScales<T> tile;
   UnitSums<T> sums;
   for (int64_t index = begin; index < end; ++index) {
-    const FakeQuantUnit unit = fake_quant_unit(layout, index);
+    const FakeQuantUnit unit = unit_in_order(layout, index);
     const QuantScale<T> row = channel_scale<T>(call, unit.channel);
     if (!layout.rows) tile.fill(call, layout, unit);
     const int64_t used = layout.rows ? kSumLanes : unit.width;

@@ -12,7 +12,7 @@ HQOD_MATH_BEGIN
 
 inline constexpr int64_t kTile = 1024;
 inline constexpr FakeQuantTuning kCpuTuning{
-    .unit = 16384, .tile = kTile, .tile_steps = 64, .row_min = 192, .vector = 1};
+    .unit = 16384, .tile = kTile, .tile_steps = 64, .row_min = 192, .vector = 16};
 
 inline FakeQuantLayout cpu_layout(const FakeQuantCall& call) {
   return fake_quant_layout(call.outer, call.channels, call.inner, kCpuTuning);
