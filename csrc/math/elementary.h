@@ -70,15 +70,15 @@ HQOD_HD bool quotient_works(T s) {
   return magnitude(s) >= T(0x1p-100) && magnitude(s) <= T(0x1p100);
 }
 
+HQOD_HD double exp_within(double x) { return ::exp(x); }
 HQOD_HD double exp_of(double x) { return ::exp(x); }
 HQOD_HD double log_of(double x) { return ::log(x); }
 
-// exp(x), 1e-7, for x <= 88; below -87 it stays at exp(-87), a normal number. NaN stays NaN.
-HQOD_HD float exp_of(float x) {
+// exp(x), 1e-7, for -87 <= x <= 88. NaN stays NaN.
+HQOD_HD float exp_within(float x) {
 #ifdef __CUDA_ARCH__
   return ::expf(x);
 #else
-  x = clamp_nan(x, -87.0f, 88.0f);
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float shifted = mul_add(x, 1.44269504f, magic);
   const float n = shifted - magic;
@@ -91,6 +91,15 @@ HQOD_HD float exp_of(float x) {
   p = mul_add(p, r * r, r) + 1.0f;
   const uint32_t bits = (bit_cast<uint32_t>(shifted) + 127u) << 23;
   return p * bit_cast<float>(bits);
+#endif
+}
+
+// exp(x), 1e-7, for x <= 88; below -87 it stays at exp(-87), a normal number. NaN stays NaN.
+HQOD_HD float exp_of(float x) {
+#ifdef __CUDA_ARCH__
+  return ::expf(x);
+#else
+  return exp_within(clamp_nan(x, -87.0f, 88.0f));
 #endif
 }
 

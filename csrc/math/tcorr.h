@@ -23,43 +23,55 @@ struct TCorr {
   T loss, d_score, d_iou;
 };
 
-template <typename T, TCorrVariant variant>
+// A score or an IoU: held to [0, 1], outside of which it has no gradient, unless it is known to be
+// inside, up to a rounding.
+template <bool inside, typename T>
+HQOD_HD T unit_value(T x) {
+  return inside ? x : clamp_nan(x, T(0), T(1));
+}
+
+template <bool inside, typename T>
+HQOD_HD T unit_slope(T x, T slope) {
+  return inside || (!(x < T(0)) & !(x > T(1))) ? slope : T(0);
+}
+
+template <typename T, TCorrVariant variant, bool score_inside, bool iou_inside>
 HQOD_HD TCorr<T> tcorr_of_score(T score, T iou, T score_guard) {
   const T e = T(2.220446049250313e-16), guard = T(1e-6);
-  const T p = clamp_nan(score, T(0), T(1)), u = clamp_nan(iou, T(0), T(1));
+  const T p = unit_value<score_inside>(score), u = unit_value<iou_inside>(iou);
   const T log_p = log_of(p + e), log_u = log_of(u + e);
-  const T slope_p = T(1) / (at_least(p, score_guard) + e),
-          slope_u = T(1) / (at_least(u, guard) + e);
+  const T base_p = at_least(p, score_guard) + e, base_u = at_least(u, guard) + e;
+  const T inverse = T(1) / (base_p * base_u);  // one division for both
+  const T slope_p = inverse * base_u, slope_u = inverse * base_p;
   const T weight = T(1) + (p < u ? u - p : p - u);
   T k, dk_dp, dk_du, c;
   if constexpr (variant == TCorrVariant::kOfficial) {
-    k = exp_of(u * log_p + p * log_u);
+    k = exp_within(u * log_p + p * log_u);
     c = k - e;
     dk_dp = u * slope_p + log_u;
     dk_du = p * slope_u + log_p;
   } else {
-    k = exp_of(T(0.5) * (log_p + log_u));
+    k = exp_within(T(0.5) * (log_p + log_u));
     c = k;
     dk_dp = T(0.5) * slope_p;
     dk_du = T(0.5) * slope_u;
   }
-  const T s = exp_of(-c), outer = -weight * s * k;
-  const bool p_free = !(score < T(0)) && !(score > T(1));
-  const bool u_free = !(iou < T(0)) && !(iou > T(1));
-  return {weight * (s - T(0.36787944117144233)), p_free ? outer * dk_dp : T(0),
-          u_free ? outer * dk_du : T(0)};
+  const T s = exp_within(-c), outer = -weight * s * k;
+  return {weight * (s - T(0.36787944117144233)), unit_slope<score_inside>(score, outer * dk_dp),
+          unit_slope<iou_inside>(iou, outer * dk_du)};
 }
 
-// The score itself, or its logit with the sigmoid fused.
-template <typename T, TCorrVariant variant, bool logits>
+// Of the score itself, or of its logit with the sigmoid fused; iou_inside: of an IoU that was
+// computed, not given.
+template <typename T, TCorrVariant variant, bool logits, bool iou_inside>
 HQOD_HD TCorr<T> tcorr(T score, T iou) {
   if constexpr (logits) {
     const Sigmoid<T> p = sigmoid(score);
-    TCorr<T> t = tcorr_of_score<T, variant>(p.value, iou, T(0));
+    TCorr<T> t = tcorr_of_score<T, variant, true, iou_inside>(p.value, iou, T(0));
     t.d_score *= p.slope;
     return t;
   } else {
-    return tcorr_of_score<T, variant>(score, iou, T(1e-6));
+    return tcorr_of_score<T, variant, false, iou_inside>(score, iou, T(1e-6));
   }
 }
 

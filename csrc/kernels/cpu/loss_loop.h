@@ -54,10 +54,10 @@ HQOD_HD void store_values(Dtype dtype, const T* values, void* to, int64_t start,
   for (int64_t i = 0; i < n; ++i) out[i] = values[i];
 }
 
+// A block of one value, which stands until it is overwritten.
 template <typename T>
-HQOD_HD void load_weight(const LossCall& call, int64_t start, int64_t n, T* out) {
-  if (call.weight != nullptr) return load_values(call.weight_dtype, call.weight, start, n, out);
-  for (int64_t i = 0; i < n; ++i) out[i] = T(1);
+HQOD_HD void fill(T* block, T value) {
+  for (int64_t i = 0; i < kBlock; ++i) block[i] = value;
 }
 
 template <typename Inputs>
@@ -111,6 +111,7 @@ void loss_forward(const Formula& formula, const LossCall& call, int64_t begin, i
   using T = typename Formula::Type;
   typename Formula::template Inputs<kBlock> in;
   alignas(64) T loss[kBlock], weight[kBlock];
+  fill(weight, T(1));
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * kLossChunk;
     const int64_t last = first + kLossChunk < call.count ? first + kLossChunk : call.count;
@@ -118,7 +119,7 @@ void loss_forward(const Formula& formula, const LossCall& call, int64_t begin, i
     for (int64_t start = first; start < last; start += kBlock) {
       const int64_t n = last - start < kBlock ? last - start : kBlock;
       load_inputs(call, start, n, in);
-      load_weight(call, start, n, weight);
+      if (call.weight != nullptr) load_values(call.weight_dtype, call.weight, start, n, weight);
       for (int64_t i = 0; i < n; ++i) loss[i] = weight[i] * formula.loss(in, i);
       if (call.loss != nullptr) {
         T* out = static_cast<T*>(call.loss) + start;
@@ -141,6 +142,8 @@ void loss_backward(const Formula& formula, const LossCall& call, int64_t begin, 
   const bool one_upstream = upstream == nullptr || call.grad_is_scalar;
   const T factor = static_cast<T>(call.factor) *
                    (upstream != nullptr && call.grad_is_scalar ? upstream[0] : T(1));
+  fill(weight, T(1));
+  fill(grad, factor);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     const int64_t first = chunk * kLossChunk;
     const int64_t last = first + kLossChunk < call.count ? first + kLossChunk : call.count;
@@ -148,10 +151,11 @@ void loss_backward(const Formula& formula, const LossCall& call, int64_t begin, 
     for (int64_t start = first; start < last; start += kBlock) {
       const int64_t n = last - start < kBlock ? last - start : kBlock;
       load_inputs(call, start, n, in);
-      load_weight(call, start, n, weight);
-      if (one_upstream) {
+      if (call.weight != nullptr) {
+        load_values(call.weight_dtype, call.weight, start, n, weight);
         for (int64_t i = 0; i < n; ++i) grad[i] = weight[i] * factor;
-      } else {
+      }
+      if (!one_upstream) {
         for (int64_t i = 0; i < n; ++i) grad[i] = weight[i] * factor * upstream[start + i];
       }
       for (int64_t i = 0; i < n; ++i)

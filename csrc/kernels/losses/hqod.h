@@ -17,13 +17,13 @@ struct HqodLoss {
   HQOD_HD T loss(const BoxAndScoreInputs<T, n>& in, int64_t i) const {
     const T iou = in.overlap(i).iou;
     return hiou_weight * harmonious_iou(iou, alpha, gamma).loss +
-           tcorr_weight * tcorr<T, variant, logits>(in.score[i], iou).loss;
+           tcorr_weight * tcorr<T, variant, logits, true>(in.score[i], iou).loss;
   }
 
   template <bool target_grad, int64_t n>
   HQOD_HD T grad(BoxAndScoreInputs<T, n>& in, int64_t i, T g) const {
     const Overlap<T> o = in.overlap(i);
-    const TCorr<T> t = tcorr<T, variant, logits>(in.score[i], o.iou);
+    const TCorr<T> t = tcorr<T, variant, logits, true>(in.score[i], o.iou);
     const HarmoniousIoU<T> h = harmonious_iou(o.iou, alpha, gamma);
     in.template set_grad<target_grad>(i, o, g * (hiou_weight * h.slope + tcorr_weight * t.d_iou));
     in.d_score[i] = g * tcorr_weight * t.d_score;

@@ -15,12 +15,12 @@ struct TCorrLoss {
 
   template <int64_t n>
   HQOD_HD T loss(const ScoreAndIouInputs<T, n>& in, int64_t i) const {
-    return tcorr<T, variant, logits>(in.score[i], in.iou[i]).loss;
+    return tcorr<T, variant, logits, false>(in.score[i], in.iou[i]).loss;
   }
 
   template <bool target_grad, int64_t n>
   HQOD_HD T grad(ScoreAndIouInputs<T, n>& in, int64_t i, T g) const {
-    const TCorr<T> t = tcorr<T, variant, logits>(in.score[i], in.iou[i]);
+    const TCorr<T> t = tcorr<T, variant, logits, false>(in.score[i], in.iou[i]);
     in.d_score[i] = g * t.d_score;
     in.d_iou[i] = g * t.d_iou;
     return t.loss;
