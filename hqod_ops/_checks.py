@@ -1,7 +1,9 @@
 """Checks of metadata, in front of every op: they name the argument, what was expected, what came.
 
-None of them reads a value, so none costs a device synchronisation. The native kernels repeat them
-for callers of ``torch.ops.hqod`` (``csrc/checks.h``), but can only raise RuntimeError.
+None of them reads a value, so none costs a device synchronisation. Tensors of one dtype and device
+pass at a glance; what may be wrong is looked for one by one behind that, for the message. The
+native kernels repeat them for callers of ``torch.ops.hqod`` (``csrc/checks.h``), but can only raise
+RuntimeError.
 """
 
 from __future__ import annotations
@@ -38,22 +40,32 @@ def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def box_pair(name1: str, boxes1: Tensor, name2: str, boxes2: Tensor) -> None:
-    """Two sets of boxes [..., 4] of one shape, dtype and device."""
+def _matches(x: object, other: Tensor) -> bool:
+    """Whether x is a tensor with the dtype and the device of other."""
+    return isinstance(x, Tensor) and x.dtype == other.dtype and x.device == other.device
+
+
+def box_pair(name1: str, boxes1: Tensor, name2: str, boxes2: Tensor) -> torch.Size:
+    """Two sets of boxes [..., 4] of one shape, dtype and device; returns the leading shape."""
     floating(name1, boxes1)
+    shape = boxes1.shape
+    if _matches(boxes2, boxes1) and boxes2.shape == shape and shape and shape[-1] == 4:
+        return shape[:-1]
     floating(name2, boxes2)
-    if boxes1.shape != boxes2.shape:
+    if shape != boxes2.shape:
         raise ValueError(
-            f"{name1} and {name2}: expected one shape, "
-            f"got {tuple(boxes1.shape)} and {tuple(boxes2.shape)}"
+            f"{name1} and {name2}: expected one shape, got {tuple(shape)} and {tuple(boxes2.shape)}"
         )
-    if boxes1.dim() == 0 or boxes1.shape[-1] != 4:
-        raise ValueError(f"{name1}: expected shape [..., 4], got {tuple(boxes1.shape)}")
+    if not shape or shape[-1] != 4:
+        raise ValueError(f"{name1}: expected shape [..., 4], got {tuple(shape)}")
     alike(name2, boxes2, name1, boxes1)
+    return shape[:-1]
 
 
 def per_sample(name: str, x: Tensor, shape: torch.Size, other_name: str, other: Tensor) -> None:
     """One value a sample, with the dtype and the device of other."""
+    if _matches(x, other) and x.shape == shape:
+        return
     floating(name, x)
     if x.shape != shape:
         raise ValueError(
@@ -65,7 +77,7 @@ def per_sample(name: str, x: Tensor, shape: torch.Size, other_name: str, other: 
 
 def sample_weight(weight: Tensor | None, shape: torch.Size, other_name: str, other: Tensor) -> None:
     """An optional weight a sample; float32 is allowed beside half precision."""
-    if weight is None:
+    if weight is None or (_matches(weight, other) and weight.shape == shape):
         return
     floating("weight", weight)
     if weight.shape != shape:
@@ -99,10 +111,8 @@ def activation(value: str | None) -> None:
         raise ValueError(f'Invalid activation {value!r}: expected "relu", "relu6" or None')
 
 
-def channel_axis(x: Tensor, ch_axis: int | None) -> int | None:
+def channel_axis(x: Tensor, ch_axis: int) -> int:
     """ch_axis counted from the front."""
-    if ch_axis is None:
-        return None
     if not -x.dim() <= ch_axis < x.dim():
         raise IndexError(
             f"ch_axis: expected a value in [{-x.dim()}, {x.dim() - 1}] "
@@ -143,11 +153,19 @@ def quant_range(quant_min: int, quant_max: int) -> None:
         )
 
 
-def quant_params(x: Tensor, scale: Tensor, zero_point: Tensor | None, ch_axis: int | None) -> None:
-    """x with its scale and zero point: one value, or one a channel (ch_axis is not negative)."""
+def quant_params(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, ch_axis: int | None
+) -> int | None:
+    """x with its scale and zero point: one value, or one a channel; returns the axis of these."""
     floating("x", x)
+    expected = 1
+    if ch_axis is not None:
+        ch_axis = channel_axis(x, ch_axis)
+        expected = x.shape[ch_axis]
+    fits = zero_point is None or (_matches(zero_point, x) and zero_point.numel() == expected)
+    if fits and _matches(scale, x) and scale.numel() == expected:
+        return ch_axis
     floating("scale", scale)
-    expected = 1 if ch_axis is None else x.shape[ch_axis]
     for name, param in (("scale", scale), ("zero_point", zero_point)):
         if param is None:
             continue
@@ -173,6 +191,7 @@ def quant_params(x: Tensor, scale: Tensor, zero_point: Tensor | None, ch_axis: i
             f"zero_point: expected the dtype of scale, {scale.dtype}, or an integer dtype, "
             f"got {zero_point.dtype}"
         )
+    return ch_axis
 
 
 def one_each(name: str, values: Sequence[object], xs: Sequence[Tensor]) -> None:

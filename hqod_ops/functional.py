@@ -25,6 +25,8 @@ def _widen(x: _Maybe) -> _Maybe:
 
 def _autocast(x: Tensor, *more: Tensor) -> bool:
     """Whether autocast asks for float32: with a half input, and inside ``torch.autocast``."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     for y in (x, *more):
         if isinstance(y, Tensor) and y.dtype in _HALF:
             return torch.is_autocast_enabled(y.device.type)
@@ -113,8 +115,8 @@ def harmonious_iou_loss(
     """
     if _autocast(pred, target):
         pred, target, weight = _widen(pred), _widen(target), _widen(weight)
-    _checks.box_pair("pred", pred, "target", target)
-    _checks.sample_weight(weight, pred.shape[:-1], "pred", pred)
+    shape = _checks.box_pair("pred", pred, "target", target)
+    _checks.sample_weight(weight, shape, "pred", pred)
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     if _debug.active():
         _debug.boxes("pred", pred)
@@ -178,8 +180,9 @@ def tcorr_loss(
     if _autocast(scores, ious):
         scores, ious, weight = _widen(scores), _widen(ious), _widen(weight)
     _checks.floating("scores", scores)
-    _checks.per_sample("ious", ious, scores.shape, "scores", scores)
-    _checks.sample_weight(weight, scores.shape, "scores", scores)
+    shape = scores.shape
+    _checks.per_sample("ious", ious, shape, "scores", scores)
+    _checks.sample_weight(weight, shape, "scores", scores)
     _checks.choice("variant", variant, _checks.VARIANTS)
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     if _debug.active():
@@ -252,8 +255,7 @@ def hqod_loss(
     if _autocast(pred, target, scores):
         pred, target, scores = _widen(pred), _widen(target), _widen(scores)
         weight = _widen(weight)
-    _checks.box_pair("pred", pred, "target", target)
-    shape = pred.shape[:-1]
+    shape = _checks.box_pair("pred", pred, "target", target)
     _checks.per_sample("scores", scores, shape, "pred", pred)
     _checks.sample_weight(weight, shape, "pred", pred)
     _checks.choice("variant", variant, _checks.VARIANTS)
@@ -272,10 +274,10 @@ def hqod_loss(
     return _backend().hqod_loss(*terms, weight, avg_factor, reduction)
 
 
-def _float_zero_point(zero_point: Tensor | None, scale: Tensor) -> Tensor | None:
+def _float_zero_point(zero_point: Tensor, scale: Tensor) -> Tensor:
     """An integer zero point in the dtype of the scale."""
     if not isinstance(zero_point, Tensor) or not isinstance(scale, Tensor):
-        return zero_point  # None, or what the checks will refuse
+        return zero_point  # the checks will refuse them
     if zero_point.dtype.is_floating_point or zero_point.dtype.is_complex:
         return zero_point
     return zero_point.to(scale.dtype)
@@ -361,10 +363,9 @@ def fake_quant(
     quant_max = _checks.integer("quant_max", quant_max)
     _checks.quant_range(quant_min, quant_max)
     _checks.activation(activation)
-    _checks.floating("x", x)
-    axis = _checks.channel_axis(x, ch_axis)
-    zero_point = _float_zero_point(zero_point, scale)
-    _checks.quant_params(x, scale, zero_point, axis)
+    if zero_point is not None:
+        zero_point = _float_zero_point(zero_point, scale)
+    axis = _checks.quant_params(x, scale, zero_point, ch_axis)
     if _debug.active():
         _debug.scale(scale)
     return _backend().fake_quant(
@@ -430,6 +431,7 @@ def fake_quant_foreach(
     if zero_points is not None:
         _checks.one_each("zero_points", zero_points, xs)
         zeros = [_float_zero_point(z, s) for z, s in zip(zero_points, scales, strict=True)]
+    debugging = _debug.active()
     for index, (x, scale, zero, low, high) in enumerate(
         zip(xs, scales, zeros, mins, maxs, strict=True)
     ):
@@ -437,10 +439,9 @@ def fake_quant_foreach(
             mins[index] = _checks.integer("quant_min", low)
             maxs[index] = _checks.integer("quant_max", high)
             _checks.quant_range(mins[index], maxs[index])
-            _checks.floating("x", x)
-            _checks.quant_params(x, scale, zero, _checks.channel_axis(x, ch_axis))
+            _checks.quant_params(x, scale, zero, ch_axis)
             _checks.alike("x", x, "xs[0]", xs[0])
-            if _debug.active():
+            if debugging:
                 _debug.scale(scale)
         except (ValueError, TypeError, IndexError) as error:
             raise type(error)(f"entry {index}: {error}") from None

@@ -89,6 +89,52 @@ def test_second_derivative_is_refused(case: OpCase) -> None:
 
 
 @native
+@every_case
+def test_first_derivative_is_the_same_along_every_path(case: OpCase) -> None:
+    """Twice with retain_graph, with create_graph, under any upstream; a freed graph is refused."""
+    for variant in case.variants:
+        inputs = case.make(variant, case.sizes[0] if not case.is_loss else (33,))
+        wanted = list(differentiable(case, inputs).values())
+        for factor in (1.0, -2.5):
+            outputs = as_list(case.call(inputs, variant))
+            upstream = [torch.full_like(y, factor) for y in outputs]
+            retained, again, last = (
+                torch.autograd.grad(outputs, wanted, upstream, retain_graph=retain)
+                for retain in (True, True, False)
+            )
+            fresh = as_list(case.call(inputs, variant))
+            created = torch.autograd.grad(fresh, wanted, upstream, create_graph=True)
+            names = list(differentiable(case, inputs))
+            for name, *found in zip(names, retained, again, last, created, strict=True):
+                what = f"{variant.name} upstream {factor} d{name}"
+                assert_same_bits(found[1], found[0], what)
+                assert_same_bits(found[2], found[0], what)
+                assert found[3].requires_grad, what
+                assert_close(found[3].detach(), found[0].double(), what)
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                torch.autograd.grad(outputs, wanted, upstream)
+
+
+@native
+@every_case
+def test_forward_mode_is_refused(case: OpCase) -> None:
+    """An error, where an op without a rule for tangents would give zeros."""
+    inputs = {
+        name: [y.detach() for y in x] if isinstance(x, list) else x.detach()
+        for name, x in case.make(case.variants[0], case.sizes[0]).items()
+    }
+    first = next(iter(inputs))
+
+    def call(x: Tensor) -> Tensor:
+        changed = [x, *inputs[first][1:]] if isinstance(inputs[first], list) else x
+        return as_list(case.call({**inputs, first: changed}, case.variants[0]))[0]
+
+    x = inputs[first][0] if isinstance(inputs[first], list) else inputs[first]
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
+
+
+@native
 @pytest.mark.cpu_kernels
 @every_case
 def test_same_bits_for_any_number_of_threads(case: OpCase) -> None:

@@ -2,10 +2,14 @@
 
 Every op here takes its tensors first and its options after them, and ``_<op>_backward`` takes the
 upstream gradient, the same arguments and a bit mask of the gradients that are wanted.
+
+A small call is as slow as the Python around it, so what runs at every call has no loop over
+arguments here, and ``op._op`` stands for ``op`` where no compiler looks: it is what that calls.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -52,7 +56,7 @@ def run(op: Any, *args: Any) -> Any:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
     with _below_autograd():
-        return op(*args)
+        return op._op(*args)
 
 
 def direct_apply(function: Any) -> Callable[..., Any]:
@@ -73,6 +77,8 @@ def differentiable(
 ) -> Callable[..., Any]:
     """Make ``hqod::name`` differentiable, and return the function to call.
 
+    It is called as ``function(options, *tensors)``, with the options in a tuple.
+
     The registered formula serves ``torch.ops.hqod`` callers, ``torch.compile`` and
     ``torch.export``. In eager mode the function goes through a Python ``autograd.Function``: the
     dispatcher then has no boxed trip back into Python, the larger part of a small call's time.
@@ -89,55 +95,61 @@ def differentiable(
         tensors (int): how many of its arguments are tensors; they come first.
         gradients (int): how many of those have a gradient; they come first.
         reduction (int, optional): the index of the argument that says how to reduce, for an op with
-            a twin ``_<name>_and_grad``.
+            a twin ``_<name>_and_grad``, which returns the loss and its gradients.
     """
     op = getattr(torch.ops.hqod, name).default
     backward_op = getattr(torch.ops.hqod, f"_{name}_backward").default
-    # For every combination of inputs that need a gradient: the bit mask, and which they are.
-    wanted = {
+
+    # For every combination of inputs that need a gradient: the bit mask, and what picks a gradient
+    # or None for each of them out of None and the op's results.
+    plans = {
         needed: (
-            sum(1 << i for i in range(gradients) if needed[i]),
-            [i for i in range(gradients) if needed[i]],
+            sum(need << i for i, need in enumerate(needed)),
+            operator.itemgetter(*[need * (i + 1) for i, need in enumerate(needed)]),
         )
         for needed in product((False, True), repeat=gradients)
     }
 
-    def recompute(ctx: Any, grad: Tensor, inputs: tuple[Any, ...], first: int) -> tuple[Any, ...]:
-        """The gradients of all arguments, of which the tensors start at index ``first``."""
-        mask, needed = wanted[ctx.needs_input_grad[first : first + gradients]]
-        results = run(backward_op, grad, *inputs, *ctx.options, mask)
-        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for i in needed:
-            found[first + i] = results[i]
-        return tuple(found)
+    def recompute(ctx: Any, grad: Tensor, inputs: Any, needed: tuple[bool, ...]) -> tuple[Any, ...]:
+        mask, pick = plans[needed]
+        found: tuple[Any, ...] = pick((None, *run(backward_op, grad, *inputs, *ctx.options, mask)))
+        return found
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:tensors])
         ctx.options = inputs[tensors:]
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return recompute(ctx, grad, ctx.saved_tensors, 0)
+        needed = ctx.needs_input_grad
+        found = recompute(ctx, grad, ctx.saved_tensors, needed[:gradients])
+        return *found, *[None] * (len(needed) - gradients)
 
     register(name, setup_context, backward)
+
+    # Below, the options come first, in a tuple: few arguments, which autograd looks at one by one.
+    mine = slice(1, gradients + 1)
+    others = (None,) * (tensors - gradients)
 
     class Recomputing(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, options: tuple[Any, ...], *inputs: Tensor | None) -> Any:
             ctx.save_for_backward(*inputs)
             ctx.options = options
-            return run(op, *inputs, *options)
+            with _below_autograd():
+                return op._op(*inputs, *options)
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-            return recompute(ctx, grad, ctx.saved_tensors, 1)
+            found = recompute(ctx, grad, ctx.saved_tensors, ctx.needs_input_grad[mine])
+            return None, *found, *others
 
     apply_recomputing = direct_apply(Recomputing)
     if reduction is None:
 
-        def call(*args: Any) -> Any:
+        def call(options: tuple[Any, ...], *inputs: Any) -> Any:
             if wants_graph():
-                return apply_recomputing(args[tensors:], *args[:tensors])
-            return run(op, *args)
+                return apply_recomputing(options, *inputs)
+            return run(op, *inputs, *options)
 
         return call
 
@@ -146,9 +158,10 @@ def differentiable(
     class Saving(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, options: tuple[Any, ...], *inputs: Tensor | None) -> Any:
-            mask, ctx.needed = wanted[ctx.needs_input_grad[1 : gradients + 1]]
-            results = run(both_op, *inputs, *options, mask)
-            ctx.save_for_backward(*inputs, *[results[i + 1] for i in ctx.needed])
+            mask, ctx.pick = plans[ctx.needs_input_grad[mine]]
+            # Gradients are off in here, and this op has no registered autograd to be called past.
+            results = both_op._op(*inputs, *options, mask)
+            ctx.save_for_backward(*results[1:], *inputs)
             ctx.options = options
             return results[0]
 
@@ -156,26 +169,26 @@ def differentiable(
         def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             saved = ctx.saved_tensors
             if torch.is_grad_enabled():
-                return recompute(ctx, grad, saved[:tensors], 1)
-            unit = grad.item() == 1.0
-            found: list[Tensor | None] = [None] * (tensors + 1)
-            for i, gradient in zip(ctx.needed, saved[tensors:], strict=True):
-                found[i + 1] = gradient if unit else gradient * grad.to(gradient.dtype)
-            return tuple(found)
+                found = recompute(ctx, grad, saved[gradients:], ctx.needs_input_grad[mine])
+            else:
+                found = ctx.pick((None, *saved))
+                if grad.item() != 1.0:
+                    found = tuple([None if x is None else x * grad for x in found])
+            return None, *found, *others
 
     apply_saving = direct_apply(Saving)
 
-    def call_loss(*args: Any) -> Any:
+    def call_loss(options: tuple[Any, ...], *inputs: Any) -> Any:
         if not wants_graph():
-            return run(op, *args)
-        first = args[0]
-        saving = (
-            args[reduction] != 0
+            return run(op, *inputs, *options)
+        first = inputs[0]
+        if (
+            options[reduction - tensors] != 0
             and first.is_cpu
             and first.dtype not in _HALF
             and type(first) in _PLAIN
-        )
-        apply = apply_saving if saving else apply_recomputing
-        return apply(args[tensors:], *args[:tensors])
+        ):
+            return apply_saving(options, *inputs)
+        return apply_recomputing(options, *inputs)
 
     return call_loss

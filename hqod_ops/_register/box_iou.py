@@ -23,4 +23,10 @@ def _fake_backward(
     return fake_gradient(boxes1, wanted & 1), fake_gradient(boxes2, wanted & 2)
 
 
-aligned_box_iou = differentiable("aligned_box_iou", tensors=2, gradients=2)
+_call = differentiable("aligned_box_iou", tensors=2, gradients=2)
+
+
+def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
+    """See :func:`hqod_ops.aligned_box_iou`."""
+    iou: Tensor = _call((), boxes1, boxes2)
+    return iou

@@ -83,7 +83,7 @@ def fake_quant(
 ) -> Tensor:
     """See :func:`hqod_ops.fake_quant`."""
     options = (quant_min, quant_max, ch_axis, *_factor(grad_scale), _ACTIVATIONS[activation])
-    y: Tensor = _call(x, scale, zero_point, *options)
+    y: Tensor = _call(options, x, scale, zero_point)
     return y
 
 

@@ -59,5 +59,5 @@ def harmonious_iou_loss(
     reduction: str = "none",
 ) -> Tensor:
     """See :func:`hqod_ops.harmonious_iou_loss`."""
-    loss: Tensor = _call(pred, target, weight, alpha, gamma, REDUCTIONS[reduction])
+    loss: Tensor = _call((alpha, gamma, REDUCTIONS[reduction]), pred, target, weight)
     return loss

@@ -99,18 +99,7 @@ def hqod_loss(
     reduction: str = "mean",
 ) -> Tensor:
     """See :func:`hqod_ops.hqod_loss`."""
-    loss: Tensor = _call(
-        pred,
-        target,
-        scores,
-        weight,
-        logits,
-        VARIANTS[variant],
-        alpha,
-        gamma,
-        hiou_weight,
-        tcorr_weight,
-        REDUCTIONS[reduction],
-        avg_factor,
-    )
+    terms = logits, VARIANTS[variant], alpha, gamma, hiou_weight, tcorr_weight
+    options = *terms, REDUCTIONS[reduction], avg_factor
+    loss: Tensor = _call(options, pred, target, scores, weight)
     return loss

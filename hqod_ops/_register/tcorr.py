@@ -59,5 +59,6 @@ def tcorr_loss(
     reduction: str = "none",
 ) -> Tensor:
     """See :func:`hqod_ops.tcorr_loss`."""
-    loss: Tensor = _call(scores, ious, weight, logits, VARIANTS[variant], REDUCTIONS[reduction])
+    options = logits, VARIANTS[variant], REDUCTIONS[reduction]
+    loss: Tensor = _call(options, scores, ious, weight)
     return loss
