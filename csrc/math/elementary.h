@@ -45,6 +45,16 @@ HQOD_HD T clamp_nan(T x, T low, T high) {  // NaN stays NaN
   return x > high ? high : x;
 }
 
+// a < b or a > b: false for NaN.
+template <typename T>
+HQOD_HD bool differ(T a, T b) {
+#ifdef __CUDA_ARCH__
+  return (a < b) | (a > b);
+#else
+  return __builtin_islessgreater(a, b);
+#endif
+}
+
 template <typename T>
 HQOD_HD T at_least(T x, T low) {  // NaN stays NaN
   return x < low ? low : x;

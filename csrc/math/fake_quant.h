@@ -104,8 +104,8 @@ HQOD_HD FakeQuantGrad<T> fake_quant_grad(T x, const QuantScale<T>& s, T dy) {
   }
   const T ratio = quant_ratio<kind>(x, s);
   const T code = round_even(ratio);
-  const bool outside = (code < s.low) | (code > s.high);
   const T level = clamp_nan(code, s.low, s.high);
+  const bool outside = differ(code, level);
   return {outside | stopped ? T(0) : dy, dy * (outside ? level : level - ratio),
           outside ? -s.scale * dy : T(0)};
 }
