@@ -104,7 +104,13 @@ def _export(arguments: argparse.Namespace) -> int:
     image, _ = open_data(config.data)[0]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        print(export_onnx(detection_network(model.eval()), image[None], arguments.out))
+        report = export_onnx(
+            detection_network(model.eval()),
+            image[None],
+            arguments.out,
+            unsigned_weights=arguments.unsigned_weights,
+        )
+        print(report)
     except ExportError as error:
         raise ConfigError(f"{arguments.checkpoint}: {error}") from None
     return 0
@@ -206,6 +212,11 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "Write the network of a quantized run as ONNX.")
     export.add_argument("checkpoint", type=Path, help="checkpoint, or directory of a run")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .onnx file")
+    export.add_argument(
+        "--unsigned-weights",
+        action="store_true",
+        help="8-bit weights as uint8: exact on x86 without VNNI too",
+    )
 
     demo = command("demo", _demo, "FP32, then 4 and 2 bits with and without HQOD, on digits.")
     length = demo.add_mutually_exclusive_group()

@@ -366,6 +366,59 @@ def test_reference_evaluator_where_the_runtime_cannot(
     assert found.evaluator.startswith("onnx.reference") and found.steps <= 1
 
 
+@pytest.mark.parametrize("also_exact", [False, True])
+def test_a_processor_whose_8_bit_sums_overflow(
+    lowering: Lowering, monkeypatch: pytest.MonkeyPatch, also_exact: bool
+) -> None:
+    """Played by a runtime that gets a code wrong, unless it is asked for exact sums."""
+    from hqod_ops.quant.export import evaluate, verify as verification
+
+    def evaluator(model: bytes, *, optimized: bool = True, exact_sums: bool = False) -> Any:
+        run, problem = evaluate.evaluator(model, optimized=optimized, exact_sums=exact_sums)
+
+        def overflowing(feeds: evaluate.Feeds) -> list[np.ndarray]:
+            results = run(feeds)
+            if optimized and (also_exact or not exact_sums):
+                results[-1] = results[-1] + 1000
+            return results
+
+        overflowing.name = run.name  # type: ignore[attr-defined]
+        return overflowing, problem
+
+    monkeypatch.setattr(verification, "evaluator", evaluator)
+    if also_exact:
+        with pytest.raises(ExportError, match="codes of onnxruntime [0-9.]+ differ"):
+            verify(lowering)
+    else:
+        with pytest.warns(UserWarning, match="file is right, .* overflow .*x64quantprecision"):
+            found = verify(lowering)
+        assert found.evaluator.endswith("with session.x64quantprecision=1") and found.steps <= 1
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_unsigned_weights(tmp_path: Path, recwarn: Any, per_channel: bool) -> None:
+    import onnx
+
+    model = prepared(8, per_channel=per_channel)
+    signed = export_onnx(model, EXAMPLE, tmp_path / "signed.onnx")
+    recwarn.clear()  # signed weights may overflow here: see above
+    unsigned = export_onnx(model, EXAMPLE, tmp_path / "unsigned.onnx", unsigned_weights=True)
+    assert not recwarn and unsigned.evaluator.startswith("onnxruntime")
+    assert "x64quantprecision" not in unsigned.evaluator
+    before, after = (constants(onnx.load(report.path)) for report in (signed, unsigned))
+    for name in layers(model):
+        codes, zero = (f"{name}.weight.{part}" for part in ("codes", "zero_point"))
+        assert after[codes].dtype == after[zero].dtype == np.uint8 and (after[zero] == 128).all()
+        assert np.array_equal(after[codes].astype(int) - 128, before[codes].astype(int))
+        assert np.array_equal(after[f"{name}.weight.scale"], before[f"{name}.weight.scale"])
+
+
+def test_unsigned_weights_below_8_bits_stay(tmp_path: Path) -> None:
+    model = prepared(4, nn.Sequential(nn.Conv2d(3, 4, 3)))
+    report = export_onnx(model, EXAMPLE, tmp_path / "m.onnx", opset=21, unsigned_weights=True)
+    assert report.storage["INT4"] >= 1 and "UINT8" not in report.storage
+
+
 def test_nothing_is_written_when_the_file_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     nms: NMS | None = None,
     max_steps: int = 1,
+    unsigned_weights: bool = False,
 ) -> ExportReport:
     """Write a QAT model as quantized ONNX, and check that the file computes what the model does.
 
@@ -112,6 +113,13 @@ def export_onnx(
     holds there. The report has the differences of both. If the runtime cannot load the file so, it
     runs without optimizations or ONNX's reference evaluator does, with a warning.
 
+    **8 bits on older processors.** On x86 without VNNI (before Ice Lake and Zen 4) ONNX Runtime adds
+    pairs of products of uint8 activations and int8 weights in 16 bits, which overflow where both are
+    large. Exporting on such a processor warns when the example shows it; the file is right, and is
+    checked with ``session.x64quantprecision`` on, which avoids it. ``unsigned_weights=True`` avoids
+    it in the file, for runtimes that take weights in uint8 (ONNX Runtime and OpenVINO do, TensorRT
+    does not).
+
     The model is copied, and exported as it is in eval mode; the copy and the file's activations on
     the example need memory.
 
@@ -133,6 +141,8 @@ def export_onnx(
         max_steps (int): the difference of a code from identical inputs that is still accepted, for
             models whose activations are rounding errors (a normalisation of single values).
             Default: 1
+        unsigned_weights (bool): store weights of 5 to 8 bits as uint8 with the zero point 128, not
+            as int8. The values are the same. Default: False
 
     Returns:
         ExportReport: opset, sizes, and differences.
@@ -168,7 +178,7 @@ def export_onnx(
     model = copy.deepcopy(model).cpu().eval()
     _check_dtypes(model, arguments)
     recording = record(model, arguments)
-    grids = read_grids(model, recording, limit)
+    grids = read_grids(model, recording, limit, unsigned_weights=unsigned_weights)
     check_expressible(recording, grids)
     traced = trace(
         model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +120,21 @@ class Grid:
         """A difference of values in quantization steps."""
         return np.asarray(difference / self.along(self.scale))
 
+    def unsigned(self) -> Grid:
+        """The same values with codes of 8 bits that count from 0: int8 moved to uint8."""
+        if self.storage.name != "INT8":
+            return self
+        to = next(storage for storage in STORAGES if storage.name == "UINT8")
+        shift = to.low - self.storage.low
+        return dataclasses.replace(
+            self,
+            zero_point=self.zero_point + shift,
+            low=self.low + shift,
+            high=self.high + shift,
+            storage=to,
+            codes=None if self.codes is None else self.codes + shift,
+        )
+
 
 def read_grid(
     name: str, quantizer: Quantizer, level: int, dims: int, opset: int, weight: Tensor | None = None
@@ -204,4 +220,4 @@ def _with_codes(grid: Grid, quantizer: Quantizer, weight: Tensor) -> Grid:
             f"{grid.name}: ONNX cannot express a {type(quantizer).__name__} whose values are not "
             "(code - zero point) * scale"
         )
-    return Grid(**{**vars(grid), "codes": codes})
+    return dataclasses.replace(grid, codes=codes)

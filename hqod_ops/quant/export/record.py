@@ -89,13 +89,16 @@ def record(model: nn.Module, example: tuple[Any, ...]) -> Recording:
     return result
 
 
-def read_grids(model: nn.Module, recording: Recording, opset: int) -> list[Grid]:
+def read_grids(
+    model: nn.Module, recording: Recording, opset: int, *, unsigned_weights: bool = False
+) -> list[Grid]:
     """The grids of a model's weights, and of its activations on the example.
 
     Args:
         model (nn.Module): on the CPU.
         recording (Recording): of the model.
         opset (int): the highest that may be used.
+        unsigned_weights (bool): codes of weights in uint8, not int8. Default: False
 
     Raises:
         ValueError: ONNX cannot express a quantizer.
@@ -107,5 +110,6 @@ def read_grids(model: nn.Module, recording: Recording, opset: int) -> list[Grid]
     for name, layer in quantizers(model)[1].items():
         assert layer.weight_quantizer is not None
         weight = layer.weight.detach()
-        grids.append(read_grid(name, layer.weight_quantizer, 0, weight.dim(), opset, weight))
+        grid = read_grid(name, layer.weight_quantizer, 0, weight.dim(), opset, weight)
+        grids.append(grid.unsigned() if unsigned_weights else grid)
     return grids
