@@ -371,7 +371,8 @@ def test_a_processor_whose_8_bit_sums_overflow(
     lowering: Lowering, monkeypatch: pytest.MonkeyPatch, also_exact: bool
 ) -> None:
     """Played by a runtime that gets a code wrong, unless it is asked for exact sums."""
-    from hqod_ops.quant.export import evaluate, verify as verification
+    from hqod_ops.quant.export import evaluate
+    from hqod_ops.quant.export import verify as verification
 
     def evaluator(model: bytes, *, optimized: bool = True, exact_sums: bool = False) -> Any:
         run, problem = evaluate.evaluator(model, optimized=optimized, exact_sums=exact_sums)

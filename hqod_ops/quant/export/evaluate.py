@@ -14,9 +14,9 @@ from hqod_ops.quant.export.grid import BASE_OPSET, STORAGES, Array
 Feeds = dict[str, Array]
 
 EXACT_SUMS = "session.x64quantprecision"
-"""The entry of ONNX Runtime's session configuration that keeps its kernels for uint8 activations and
-int8 weights from overflowing: on x86 processors without VNNI they add pairs of products in 16 bits,
-which two of 255 * 127 exceed."""
+"""The entry of ONNX Runtime's session configuration that keeps its kernels for uint8 activations
+and int8 weights from overflowing: on x86 processors without VNNI they add pairs of products in 16
+bits, which two of 255 * 127 exceed."""
 
 
 class Evaluator(Protocol):

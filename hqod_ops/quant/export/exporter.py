@@ -113,12 +113,11 @@ def export_onnx(
     holds there. The report has the differences of both. If the runtime cannot load the file so, it
     runs without optimizations or ONNX's reference evaluator does, with a warning.
 
-    **8 bits on older processors.** On x86 without VNNI (before Ice Lake and Zen 4) ONNX Runtime adds
-    pairs of products of uint8 activations and int8 weights in 16 bits, which overflow where both are
-    large. Exporting on such a processor warns when the example shows it; the file is right, and is
-    checked with ``session.x64quantprecision`` on, which avoids it. ``unsigned_weights=True`` avoids
-    it in the file, for runtimes that take weights in uint8 (ONNX Runtime and OpenVINO do, TensorRT
-    does not).
+    **8 bits on older processors.** On x86 without VNNI (before Ice Lake and Zen 4) ONNX Runtime
+    adds pairs of products of uint8 activations and int8 weights in 16 bits, which overflow where
+    both are large. Exporting on such a processor warns when the example shows it; the file is
+    right, and is checked with ``session.x64quantprecision`` on, which avoids it.
+    ``unsigned_weights=True`` avoids it in the file, for runtimes that take weights in uint8.
 
     The model is copied, and exported as it is in eval mode; the copy and the file's activations on
     the example need memory.

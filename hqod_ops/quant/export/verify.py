@@ -129,9 +129,10 @@ def verify(
 
 def _warn_of_overflow(error: ExportError) -> None:
     warnings.warn(
-        "the exported file is right, but ONNX Runtime's default kernels overflow on this processor, "
-        f"as on any x86 without VNNI ({error}). Set add_session_config_entry({EXACT_SUMS!r}, '1') "
-        "in the SessionOptions that run it, or export with unsigned_weights=True",
+        "the exported file is right, but ONNX Runtime's default kernels overflow on this "
+        f"processor, as on any x86 without VNNI ({error}). Set "
+        f"add_session_config_entry({EXACT_SUMS!r}, '1') in the SessionOptions that run it, or "
+        "export with unsigned_weights=True",
         stacklevel=4,
     )
 
