@@ -18,11 +18,10 @@ struct Box {
 template <typename T>
 struct Overlap {
   T iou;
-  T shrink;            // factor of all sides below
-  T w1, h1, w2, h2;    // sides, not clamped
-  T wi, hi;            // sides of the intersection, not clamped
-  T inverse_union;     // 1 / max(union, eps)
-  bool union_clamped;  // the union is the constant eps
+  T w1, h1, w2, h2;  // sides, not clamped, scaled
+  T wi, hi;          // sides of the intersection, likewise
+  T per_union;       // 1 / max(union, eps), and the factor of the sides once more
+  T union_share;     // iou, or 0 where the union is the constant eps
 };
 
 template <typename T>
@@ -32,22 +31,23 @@ HQOD_HD Overlap<T> box_overlap(const Box<T>& a, const Box<T>& b) {
   const T hi = (a.y2 < b.y2 ? a.y2 : b.y2) - (a.y1 > b.y1 ? a.y1 : b.y1);
   const T m1 = w1 > h1 ? w1 : h1, m2 = w2 > h2 ? w2 : h2;
   const T longest = m1 > m2 ? m1 : m2;
+  const T shrink = longest > T(0x1p60) ? T(0x1p-70) : T(1);
   Overlap<T> o;
-  o.shrink = longest > T(0x1p60) ? T(0x1p-70) : T(1);
-  o.w1 = w1 * o.shrink;
-  o.h1 = h1 * o.shrink;
-  o.w2 = w2 * o.shrink;
-  o.h2 = h2 * o.shrink;
-  o.wi = wi * o.shrink;
-  o.hi = hi * o.shrink;
+  o.w1 = w1 * shrink;
+  o.h1 = h1 * shrink;
+  o.w2 = w2 * shrink;
+  o.h2 = h2 * shrink;
+  o.wi = wi * shrink;
+  o.hi = hi * shrink;
   const T zero = T(0), eps = longest > T(0x1p60) ? T(1e-30) : T(1e-6);
   const T inter = at_least(o.wi, zero) * at_least(o.hi, zero);
   const T area1 = at_least(o.w1, zero) * at_least(o.h1, zero);
   const T area2 = at_least(o.w2, zero) * at_least(o.h2, zero);
   const T uni = area1 + area2 - inter;
-  o.union_clamped = uni < eps;
-  o.inverse_union = T(1) / at_least(uni, eps);
-  o.iou = inter / at_least(uni, eps);  // a division of its own: exactly 1 for equal boxes
+  const T divisor = at_least(uni, eps), inverse = T(1) / divisor;
+  o.iou = quotient(inter, divisor, inverse);  // as a division: exactly 1 for equal boxes
+  o.per_union = inverse * shrink;
+  o.union_share = uni < eps ? zero : o.iou;
   return o;
 }
 
@@ -62,9 +62,8 @@ HQOD_HD T share(T a, T b) {
 template <typename T>
 HQOD_HD Box<T> box_iou_grad(const Box<T>& a, const Box<T>& b, const Overlap<T>& o, T w, T h, T g) {
   const T zero = T(0);
-  const T scaled = g * o.inverse_union * o.shrink;
-  const T d_inter = o.union_clamped ? scaled : scaled * (T(1) + o.iou);
-  const T d_area = o.union_clamped ? zero : -scaled * o.iou;
+  const T scaled = g * o.per_union;
+  const T d_inter = scaled * (T(1) + o.union_share), d_area = -scaled * o.union_share;
   const T d_wi = o.wi < zero ? zero : d_inter * at_least(o.hi, zero);
   const T d_hi = o.hi < zero ? zero : d_inter * at_least(o.wi, zero);
   const T d_w = w < zero ? zero : d_area * at_least(h, zero);

@@ -18,8 +18,8 @@ struct HarmoniousIoU {
 template <typename T>
 HQOD_HD HarmoniousIoU<T> harmonious_iou(T u, T alpha, T gamma) {
   const T base = T(1) + u;
-  const T power = alpha * exp_of(gamma * log_of(base));
-  return {(T(1) - u) * power, -(power / base) * ((T(1) - gamma) + (T(1) + gamma) * u)};
+  const T slope = alpha * exp_of((gamma - T(1)) * log_of(base));  // alpha (1 + u)^(gamma - 1)
+  return {(T(1) - u) * base * slope, -slope * ((T(1) - gamma) + (T(1) + gamma) * u)};
 }
 
 HQOD_MATH_END

@@ -35,44 +35,55 @@ HQOD_HD T unit_slope(T x, T slope) {
   return inside || (!(x < T(0)) & !(x > T(1))) ? slope : T(0);
 }
 
-template <typename T, TCorrVariant variant, bool score_inside, bool iou_inside>
-HQOD_HD TCorr<T> tcorr_of_score(T score, T iou, T score_guard) {
-  const T e = T(2.220446049250313e-16), guard = T(1e-6);
-  const T p = unit_value<score_inside>(score), u = unit_value<iou_inside>(iou);
-  const T log_p = log_of(p + e), log_u = log_of(u + e);
-  const T base_p = at_least(p, score_guard) + e, base_u = at_least(u, guard) + e;
+// What the loss is made of. A step of its own: see kernels/losses/inputs.h.
+template <typename T>
+struct TCorrTerms {
+  T p;             // the score, inside [0, 1]
+  T slope;         // dp / dlogit
+  T log_p, log_u;  // log(p + e), log(u + e)
+};
+
+inline constexpr double kTCorrEpsilon = 2.220446049250313e-16;
+
+// Of the score itself, or of its logit with the sigmoid fused; iou_inside: of an IoU that was
+// computed, not given.
+template <bool logits, bool iou_inside, typename T>
+HQOD_HD TCorrTerms<T> tcorr_terms(T score, T iou) {
+  const T e = static_cast<T>(kTCorrEpsilon), log_u = log_of(unit_value<iou_inside>(iou) + e);
+  if constexpr (logits) {
+    const Sigmoid<T> s = sigmoid(score);
+    return {s.value, s.slope, log_of(s.value + e), log_u};
+  } else {
+    const T p = unit_value<false>(score);
+    return {p, T(1), log_of(p + e), log_u};
+  }
+}
+
+// From the terms of the same score and iou.
+template <TCorrVariant variant, bool logits, bool iou_inside, typename T>
+HQOD_HD TCorr<T> tcorr(T score, T iou, const TCorrTerms<T>& terms) {
+  const T e = static_cast<T>(kTCorrEpsilon), guard = T(1e-6);
+  const T p = terms.p, u = unit_value<iou_inside>(iou);
+  const T base_p = (logits ? p : at_least(p, guard)) + e, base_u = at_least(u, guard) + e;
   const T inverse = T(1) / (base_p * base_u);  // one division for both
   const T slope_p = inverse * base_u, slope_u = inverse * base_p;
-  const T weight = T(1) + (p < u ? u - p : p - u);
+  const T weight = T(1) + magnitude(p - u);
   T k, dk_dp, dk_du, c;
   if constexpr (variant == TCorrVariant::kOfficial) {
-    k = exp_within(u * log_p + p * log_u);
+    k = exp_within(u * terms.log_p + p * terms.log_u);
     c = k - e;
-    dk_dp = u * slope_p + log_u;
-    dk_du = p * slope_u + log_p;
+    dk_dp = u * slope_p + terms.log_u;
+    dk_du = p * slope_u + terms.log_p;
   } else {
-    k = exp_within(T(0.5) * (log_p + log_u));
+    k = exp_within(T(0.5) * (terms.log_p + terms.log_u));
     c = k;
     dk_dp = T(0.5) * slope_p;
     dk_du = T(0.5) * slope_u;
   }
-  const T s = exp_within(-c), outer = -weight * s * k;
-  return {weight * (s - T(0.36787944117144233)), unit_slope<score_inside>(score, outer * dk_dp),
+  const T s = exp_within(-c), outer = -weight * s * k, d_p = outer * dk_dp;
+  return {weight * (s - T(0.36787944117144233)),
+          logits ? d_p * terms.slope : unit_slope<false>(score, d_p),
           unit_slope<iou_inside>(iou, outer * dk_du)};
-}
-
-// Of the score itself, or of its logit with the sigmoid fused; iou_inside: of an IoU that was
-// computed, not given.
-template <typename T, TCorrVariant variant, bool logits, bool iou_inside>
-HQOD_HD TCorr<T> tcorr(T score, T iou) {
-  if constexpr (logits) {
-    const Sigmoid<T> p = sigmoid(score);
-    TCorr<T> t = tcorr_of_score<T, variant, true, iou_inside>(p.value, iou, T(0));
-    t.d_score *= p.slope;
-    return t;
-  } else {
-    return tcorr_of_score<T, variant, false, iou_inside>(score, iou, T(1e-6));
-  }
 }
 
 HQOD_MATH_END

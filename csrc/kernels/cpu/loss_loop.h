@@ -60,16 +60,38 @@ HQOD_HD void fill(T* block, T value) {
   for (int64_t i = 0; i < kBlock; ++i) block[i] = value;
 }
 
+// 0 behind the n values of a block, up to a whole number of lanes: loops without a remainder.
+template <typename T>
+HQOD_HD void pad(T* block, int64_t n) {
+  for (int64_t i = n; i % kLanes != 0; ++i) block[i] = T(0);
+}
+
+template <typename T>
+HQOD_HD void pad_boxes(Boxes<T>& boxes, int64_t n) {
+  pad(boxes.x1, n);
+  pad(boxes.y1, n);
+  pad(boxes.x2, n);
+  pad(boxes.y2, n);
+}
+
+HQOD_HD int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
 template <typename Inputs>
 HQOD_HD void load_inputs(const LossCall& call, int64_t start, int64_t n, Inputs& in) {
   if constexpr (Inputs::boxes) {
     load_boxes(call.dtype, call.pred, start, n, in.pred);
     load_boxes(call.dtype, call.target, start, n, in.target);
+    pad_boxes(in.pred, n);
+    pad_boxes(in.target, n);
   }
   if constexpr (Inputs::scores) {
     load_values(call.dtype, call.scores, start, n, in.score);
+    pad(in.score, n);
   }
-  if constexpr (Inputs::ious) load_values(call.dtype, call.ious, start, n, in.iou);
+  if constexpr (Inputs::ious) {
+    load_values(call.dtype, call.ious, start, n, in.iou);
+    pad(in.iou, n);
+  }
 }
 
 template <bool target_grad, typename Inputs>
@@ -91,9 +113,8 @@ template <typename T>
 struct LaneSums {
   alignas(64) T lanes[kLanes] = {};
 
-  // Clears the block behind its n values up to a whole number of lanes.
   HQOD_HD void add(T* block, int64_t n) {
-    for (int64_t i = n; i % kLanes != 0; ++i) block[i] = T(0);
+    pad(block, n);
     for (int64_t i = 0; i < n; i += kLanes) {
       for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += block[i + lane];
     }
@@ -120,7 +141,8 @@ void loss_forward(const Formula& formula, const LossCall& call, int64_t begin, i
       const int64_t n = last - start < kBlock ? last - start : kBlock;
       load_inputs(call, start, n, in);
       if (call.weight != nullptr) load_values(call.weight_dtype, call.weight, start, n, weight);
-      for (int64_t i = 0; i < n; ++i) loss[i] = weight[i] * formula.loss(in, i);
+      run_stages<false>(formula, in, padded(n));
+      for (int64_t i = 0; i < n; ++i) loss[i] = weight[i] * in.loss[i];
       if (call.loss != nullptr) {
         T* out = static_cast<T*>(call.loss) + start;
         for (int64_t i = 0; i < n; ++i) out[i] = loss[i];
@@ -158,8 +180,9 @@ void loss_backward(const Formula& formula, const LossCall& call, int64_t begin, 
       if (!one_upstream) {
         for (int64_t i = 0; i < n; ++i) grad[i] = weight[i] * factor * upstream[start + i];
       }
-      for (int64_t i = 0; i < n; ++i)
-        loss[i] = weight[i] * formula.template grad<target_grad>(in, i, grad[i]);
+      run_stages<true>(formula, in, padded(n));
+      for (int64_t i = 0; i < padded(n); ++i) in.template finish<target_grad>(i, grad[i]);
+      for (int64_t i = 0; i < n; ++i) loss[i] = weight[i] * in.loss[i];
       store_gradients<target_grad>(call, in, start, n);
       if (call.partial_sums != nullptr) sums.add(loss, n);
     }

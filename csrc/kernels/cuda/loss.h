@@ -90,12 +90,10 @@ struct LossKernel {
     if constexpr (Inputs::scores) in.score[0] = read_one<T>(call.dtype, call.scores, i);
     if constexpr (Inputs::ious) in.iou[0] = read_one<T>(call.dtype, call.ious, i);
     const T weight = call.weight == nullptr ? T(1) : read_one<T>(call.weight_dtype, call.weight, i);
-    if constexpr (pass == Pass::kForward) {
-      return weight * formula.loss(in, 0);
-    } else {
+    run_stages<pass != Pass::kForward>(formula, in, 1);
+    if constexpr (pass != Pass::kForward) {
       constexpr bool with_target = pass == Pass::kBackwardWithTarget;
-      const T g = weight * static_cast<T>(call.factor) * upstream(i);
-      const T loss = weight * formula.template grad<with_target>(in, 0, g);
+      in.template finish<with_target>(0, weight * static_cast<T>(call.factor) * upstream(i));
       if constexpr (Inputs::boxes) {
         if (call.d_pred != nullptr) store_box(call.dtype, call.d_pred, i, in.d_pred);
         if constexpr (with_target) store_box(call.dtype, call.d_target, i, in.d_target);
@@ -106,8 +104,8 @@ struct LossKernel {
       if constexpr (Inputs::ious) {
         if (call.d_ious != nullptr) write_one(call.dtype, call.d_ious, i, in.d_iou[0]);
       }
-      return loss;
     }
+    return weight * in.loss[0];
   }
 
   template <int phase>

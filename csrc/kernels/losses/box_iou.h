@@ -1,9 +1,7 @@
 // The IoU of pairs of boxes, as a loss.
 //
-// A formula has the Type it computes in and its Inputs; loss(inputs, i), and grad<target_grad>(
-// inputs, i, g), which leaves sample i's gradients in inputs and returns its loss.
-// with_<loss>(call, f) calls f with a formula that has the call's options as compile-time
-// constants.
+// A formula has the Type it computes in, its Inputs and its stages (inputs.h). with_<loss>(call, f)
+// calls f with a formula that has the call's options as compile-time constants.
 #pragma once
 
 #include "kernels/loss_call.h"
@@ -16,17 +14,13 @@ struct BoxIoULoss {
   using Type = T;
   template <int64_t n>
   using Inputs = BoxInputs<T, n>;
+  static constexpr int kStages = 1;
 
-  template <int64_t n>
-  HQOD_HD T loss(const BoxInputs<T, n>& in, int64_t i) const {
-    return in.overlap(i).iou;
-  }
-
-  template <bool target_grad, int64_t n>
-  HQOD_HD T grad(BoxInputs<T, n>& in, int64_t i, T g) const {
-    const Overlap<T> o = in.overlap(i);
-    in.template set_grad<target_grad>(i, o, g);
-    return o.iou;
+  template <int, bool grad, int64_t n>
+  HQOD_HD void stage(BoxInputs<T, n>& in, int64_t i) const {
+    in.template set_overlap<grad>(i);
+    in.loss[i] = in.iou[i];
+    in.d_iou[i] = T(1);
   }
 };
 

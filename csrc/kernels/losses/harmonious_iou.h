@@ -12,19 +12,15 @@ struct HarmoniousIoULoss {
   using Type = T;
   template <int64_t n>
   using Inputs = BoxInputs<T, n>;
+  static constexpr int kStages = 2;
   T alpha, gamma;
 
-  template <int64_t n>
-  HQOD_HD T loss(const BoxInputs<T, n>& in, int64_t i) const {
-    return harmonious_iou(in.overlap(i).iou, alpha, gamma).loss;
-  }
-
-  template <bool target_grad, int64_t n>
-  HQOD_HD T grad(BoxInputs<T, n>& in, int64_t i, T g) const {
-    const Overlap<T> o = in.overlap(i);
-    const HarmoniousIoU<T> h = harmonious_iou(o.iou, alpha, gamma);
-    in.template set_grad<target_grad>(i, o, g * h.slope);
-    return h.loss;
+  template <int k, bool grad, int64_t n>
+  HQOD_HD void stage(BoxInputs<T, n>& in, int64_t i) const {
+    if constexpr (k == 0) return in.template set_overlap<grad>(i);
+    const HarmoniousIoU<T> h = harmonious_iou(in.iou[i], alpha, gamma);
+    in.loss[i] = h.loss;
+    in.d_iou[i] = h.slope;
   }
 };
 

@@ -11,23 +11,25 @@ struct HqodLoss {
   using Type = T;
   template <int64_t n>
   using Inputs = BoxAndScoreInputs<T, n>;
+  static constexpr int kStages = 4;
   T alpha, gamma, hiou_weight, tcorr_weight;
 
-  template <int64_t n>
-  HQOD_HD T loss(const BoxAndScoreInputs<T, n>& in, int64_t i) const {
-    const T iou = in.overlap(i).iou;
-    return hiou_weight * harmonious_iou(iou, alpha, gamma).loss +
-           tcorr_weight * tcorr<T, variant, logits, true>(in.score[i], iou).loss;
-  }
-
-  template <bool target_grad, int64_t n>
-  HQOD_HD T grad(BoxAndScoreInputs<T, n>& in, int64_t i, T g) const {
-    const Overlap<T> o = in.overlap(i);
-    const TCorr<T> t = tcorr<T, variant, logits, true>(in.score[i], o.iou);
-    const HarmoniousIoU<T> h = harmonious_iou(o.iou, alpha, gamma);
-    in.template set_grad<target_grad>(i, o, g * (hiou_weight * h.slope + tcorr_weight * t.d_iou));
-    in.d_score[i] = g * tcorr_weight * t.d_score;
-    return hiou_weight * h.loss + tcorr_weight * t.loss;
+  template <int k, bool grad, int64_t n>
+  HQOD_HD void stage(BoxAndScoreInputs<T, n>& in, int64_t i) const {
+    if constexpr (k == 0) {
+      in.template set_overlap<grad>(i);
+    } else if constexpr (k == 1) {
+      const HarmoniousIoU<T> h = harmonious_iou(in.iou[i], alpha, gamma);
+      in.loss[i] = hiou_weight * h.loss;
+      in.d_iou[i] = hiou_weight * h.slope;
+    } else if constexpr (k == 2) {
+      in.set(i, tcorr_terms<logits, true>(in.score[i], in.iou[i]));
+    } else {
+      const TCorr<T> t = tcorr<variant, logits, true>(in.score[i], in.iou[i], in.terms(i));
+      in.loss[i] += tcorr_weight * t.loss;
+      in.d_iou[i] += tcorr_weight * t.d_iou;
+      in.d_score[i] = tcorr_weight * t.d_score;
+    }
   }
 };
 

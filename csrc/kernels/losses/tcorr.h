@@ -12,18 +12,15 @@ struct TCorrLoss {
   using Type = T;
   template <int64_t n>
   using Inputs = ScoreAndIouInputs<T, n>;
+  static constexpr int kStages = 2;
 
-  template <int64_t n>
-  HQOD_HD T loss(const ScoreAndIouInputs<T, n>& in, int64_t i) const {
-    return tcorr<T, variant, logits, false>(in.score[i], in.iou[i]).loss;
-  }
-
-  template <bool target_grad, int64_t n>
-  HQOD_HD T grad(ScoreAndIouInputs<T, n>& in, int64_t i, T g) const {
-    const TCorr<T> t = tcorr<T, variant, logits, false>(in.score[i], in.iou[i]);
-    in.d_score[i] = g * t.d_score;
-    in.d_iou[i] = g * t.d_iou;
-    return t.loss;
+  template <int k, bool grad, int64_t n>
+  HQOD_HD void stage(ScoreAndIouInputs<T, n>& in, int64_t i) const {
+    if constexpr (k == 0) return in.set(i, tcorr_terms<logits, false>(in.score[i], in.iou[i]));
+    const TCorr<T> t = tcorr<variant, logits, false>(in.score[i], in.iou[i], in.terms(i));
+    in.loss[i] = t.loss;
+    in.d_score[i] = t.d_score;
+    in.d_iou[i] = t.d_iou;
   }
 };
 
