@@ -155,6 +155,23 @@ def test_nan_reaches_the_scale() -> None:
 
 
 @pytest.mark.numeric
+@pytest.mark.parametrize("shape", [(3, 300), (300, 3)], ids=["rows", "tiles"])
+def test_nan_zero_point_reaches_everything(shape: tuple[int, int]) -> None:
+    """It leaves no range to clamp to, so it must not pass for one that is open."""
+    axis = shape.index(3)
+    x = torch.linspace(-9, 9, 900).reshape(shape).requires_grad_()
+    scale = torch.full((3,), 0.1, requires_grad=True)
+    zero = torch.tensor([0.0, float("nan"), 1.0], requires_grad=True)
+    y = fake_quant(x, scale, zero, quant_min=-8, quant_max=7, ch_axis=axis)
+    assert y.isnan().all(1 - axis).tolist() == [False, True, False]
+    assert y.isnan().sum() == 300
+    _, ds, _ = torch.autograd.grad(y.sum(), (x, scale, zero))
+    assert ds.isnan().tolist() == [False, True, False]
+    one = fake_quant(x, scale[:1], zero[1:2], quant_min=-8, quant_max=7)
+    assert one.isnan().all()
+
+
+@pytest.mark.numeric
 def test_scales_of_every_sign_are_taken_as_they_are() -> None:
     """A scale of 0 gives 0 / 0 = NaN and infinite codes; a negative one mirrors; none is mended."""
     x = torch.tensor([-1.0, 0.0, 0.3, 2.0])

@@ -30,12 +30,13 @@ struct QuantScale {
   T x_low, x_high;  // NaN, which holds nothing, without an activation
 };
 
-// From 1 / scale and the rounded zero point.
+// From 1 / scale and the rounded zero point. A zero point that is NaN makes the scale NaN: its
+// range alone would be open, and let values through.
 template <typename T>
 HQOD_HD QuantScale<T> quant_scale(T scale, T inverse, T zero, T q_min, T q_max,
                                   Activation activation) {
   const T open = static_cast<T>(__builtin_nan(""));
-  return {scale,
+  return {zero == zero ? scale : zero,
           inverse,
           q_min - zero,
           q_max - zero,

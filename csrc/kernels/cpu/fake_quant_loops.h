@@ -110,6 +110,7 @@ struct TileScales {
       copy(call.param_dtype, call.zero_point, first, n, high);
       for (int64_t c = 0; c < n; ++c) {
         const QuantScale<T> s = quant_scale(call, T(1), T(1), round_even(high[c]));
+        scale[c] = s.scale == s.scale ? scale[c] : s.scale;
         low[c] = s.low;
         high[c] = s.high;
       }

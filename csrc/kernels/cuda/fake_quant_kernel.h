@@ -214,11 +214,13 @@ struct FakeQuantKernel {
     HQOD_ROLL
     for (int j = 0; j < n; ++j) {  // rolled, so that its registers are few
       const int64_t channel = channel_of(item, unit, places.at(j));
-      const T scale = read_one<T>(item.call.param_dtype, item.call.scale, channel);
+      const T zero = channel_zero<T>(item.call, channel);
+      const T given = read_one<T>(item.call.param_dtype, item.call.scale, channel);
+      const T scale = quant_scale(item.call, given, T(1), zero).scale;
       works &= quotient_works(scale);
       slots[0][own + places.at(j)] = scale;
       slots[1][own + places.at(j)] = T(1) / scale;
-      slots[2][own + places.at(j)] = channel_zero<T>(item.call, channel);
+      slots[2][own + places.at(j)] = zero;
     }
     const int64_t stride = item.layout.stride;
     if (works) {
