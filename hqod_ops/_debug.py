@@ -52,15 +52,19 @@ def boxes(name: str, values: Tensor) -> None:
         _fail(name, "finite boxes (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2", values, ~ordered)
 
 
-def finite(name: str, values: Tensor) -> None:
-    """Finite values."""
+def finite(name: str, values: Tensor | None) -> None:
+    """Finite values, where there are any."""
+    if values is None:
+        return
     good = values.isfinite()
     if not good.all():
         _fail(name, "finite values", values, ~good)
 
 
-def scale(values: Tensor) -> None:
-    """Positive finite scales."""
-    good = (values > 0) & values.isfinite()
+def quantized(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
+    """Finite values, with positive finite scales."""
+    finite("x", x)
+    good = (scale > 0) & scale.isfinite()
     if not good.all():
-        _fail("scale", "positive finite values", values, ~good)
+        _fail("scale", "positive finite values", scale, ~good)
+    finite("zero_point", zero_point)

@@ -50,8 +50,8 @@ def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         ValueError: shapes differ, the last dimension is not 4, or devices differ.
         TypeError: a dtype is not floating point, or the dtypes differ.
 
-    Gradient: to both sets. Where two edges tie, each gets half; a side of length 0 passes gradient;
-    a union below 1e-6 is a constant.
+    Gradient: to both sets; differentiable once. Where two edges tie, each gets half; a side of
+    length 0 passes gradient; a union below 1e-6 is a constant.
 
     Source: the IoU of the HQOD code (``max(union, 1e-6)``, no +1 convention).
 
@@ -121,6 +121,7 @@ def harmonious_iou_loss(
     if _debug.active():
         _debug.boxes("pred", pred)
         _debug.boxes("target", target)
+        _debug.finite("weight", weight)
     if weight is not None and weight.requires_grad:
         loss = _backend().harmonious_iou_loss(pred, target, alpha=alpha, gamma=gamma)
         return _reduce(loss, weight, reduction)
@@ -188,6 +189,7 @@ def tcorr_loss(
     if _debug.active():
         _debug.finite("scores", scores)
         _debug.finite("ious", ious)
+        _debug.finite("weight", weight)
     if weight is not None and weight.requires_grad:
         loss = _backend().tcorr_loss(scores, ious, logits=logits, variant=variant)
         return _reduce(loss, weight, reduction)
@@ -238,8 +240,8 @@ def hqod_loss(
         TypeError: a dtype is not floating point, or the dtypes differ.
 
     Gradient: to pred, target, scores, weight and a tensor avg_factor; differentiable once. On the
-    CPU a reduced float32 loss computes it in its forward pass and keeps it, 20 bytes a sample;
-    otherwise it is recomputed from the inputs, and nothing else is kept.
+    CPU a reduced loss in float32 or float64 computes it in its forward pass and keeps it, 20 or 40
+    bytes a sample; otherwise it is recomputed from the inputs, and nothing else is kept.
 
     Source: HQOD (arXiv:2408.02561).
 
@@ -265,12 +267,14 @@ def hqod_loss(
         _debug.boxes("pred", pred)
         _debug.boxes("target", target)
         _debug.finite("scores", scores)
+        _debug.finite("weight", weight)
     terms = (pred, target, scores, logits, alpha, gamma, variant, hiou_weight, tcorr_weight)
     if weight is not None and weight.requires_grad:  # the rest is left to autograd
         loss = _backend().hqod_loss(*terms, None, None, "none")
         return _reduce(loss, weight, reduction, avg_factor)
     if isinstance(avg_factor, Tensor):
-        return _backend().hqod_loss(*terms, weight, None, "sum") / avg_factor
+        total = _backend().hqod_loss(*terms, weight, None, "sum")
+        return total / avg_factor if pred.numel() else total * avg_factor  # 0, and in the graph
     return _backend().hqod_loss(*terms, weight, avg_factor, reduction)
 
 
@@ -367,7 +371,7 @@ def fake_quant(
         zero_point = _float_zero_point(zero_point, scale)
     axis = _checks.quant_params(x, scale, zero_point, ch_axis)
     if _debug.active():
-        _debug.scale(scale)
+        _debug.quantized(x, scale, zero_point)
     return _backend().fake_quant(
         x,
         scale,
@@ -442,7 +446,7 @@ def fake_quant_foreach(
             _checks.quant_params(x, scale, zero, ch_axis)
             _checks.alike("x", x, "xs[0]", xs[0])
             if debugging:
-                _debug.scale(scale)
+                _debug.quantized(x, scale, zero)
         except (ValueError, TypeError, IndexError) as error:
             raise type(error)(f"entry {index}: {error}") from None
     if not xs:

@@ -58,7 +58,9 @@ def _reduce(
     total = loss.sum()
     if reduction == "sum":
         return total
-    return total / (max(loss.numel(), 1) if avg_factor is None else avg_factor)
+    if loss.numel() == 0:  # 0, whatever avg_factor is, which stays in the graph
+        return total if avg_factor is None else total * avg_factor
+    return total / (loss.numel() if avg_factor is None else avg_factor)
 
 
 def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:

@@ -276,6 +276,9 @@ DEBUG_CASES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "scale NaN": (lambda: fake_quant(X, S * NAN, **W4), ("scale", "nan")),
     "scale inf": (lambda: fake_quant(X, S * INF, **W4), ("scale", "inf")),
     "foreach": (lambda: fake_quant_foreach([X, X], [S, -S], **W4), ("entry 1", "scale", "-0.1")),
+    "x NaN": (lambda: fake_quant(X * NAN, S, **W4), ("x: ", "finite", "nan")),
+    "zero point": (lambda: fake_quant(X, S, S * NAN, **W4), ("zero_point", "finite", "nan")),
+    "weight": (lambda: hqod_loss(B, B, P, weight=P * NAN), ("weight", "finite", "nan")),
 }
 
 

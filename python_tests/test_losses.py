@@ -393,3 +393,15 @@ def test_training_raises_iou_and_score() -> None:
         optimizer.step()
     assert aligned_box_iou(pred, target).min() > 0.9
     assert logit.sigmoid().min() > 0.9
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("average", [0.0, torch.tensor(0.0)], ids=["float", "tensor"])
+def test_no_samples_and_an_average_over_none(average: float | Tensor) -> None:
+    """A batch without positives: avg_factor is their number."""
+    pred = torch.zeros(0, 4, requires_grad=True)
+    for function in (hqod_loss, reference.hqod_loss):
+        loss = function(pred, torch.zeros(0, 4), torch.zeros(0), avg_factor=average)
+        assert loss.item() == 0 and loss.requires_grad
+        (gradient,) = torch.autograd.grad(loss, pred)
+        assert gradient.shape == (0, 4)

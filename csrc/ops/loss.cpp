@@ -33,9 +33,8 @@ void LossBuilder::weight(const std::optional<Tensor>& weight) {
 }
 
 double LossBuilder::factor(int64_t reduction, std::optional<double> avg_factor) const {
-  if (reduction != static_cast<int64_t>(Reduction::kMean)) return 1.0;
-  if (avg_factor.has_value()) return 1.0 / *avg_factor;
-  return 1.0 / static_cast<double>(call.count > 0 ? call.count : 1);
+  if (reduction != static_cast<int64_t>(Reduction::kMean) || call.count == 0) return 1.0;
+  return 1.0 / avg_factor.value_or(static_cast<double>(call.count));
 }
 
 void LossBuilder::tcorr(bool logits, int64_t variant) {
