@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import hqod_ops
-from hqod_ops import FakeQuant, HarmoniousIoULoss, HQODLoss, TCorrLoss
+from hqod_ops import FakeQuant, HarmoniousIoULoss, HQODLoss, TCorrLoss, fake_quant, hqod_loss
 from python_tests.cases import CASES, DTYPES, HALF, OpCase, Variant, differentiable, leaves
 from python_tests.device import DEVICE
 from python_tests.oracle import (
@@ -130,7 +130,7 @@ def test_forward_mode_is_refused(case: OpCase) -> None:
         return as_list(case.call({**inputs, first: changed}, case.variants[0]))[0]
 
     x = inputs[first][0] if isinstance(inputs[first], list) else inputs[first]
-    with pytest.raises(RuntimeError, match="functorch transforms"):
+    with pytest.raises(RuntimeError, match="functorch transforms|implement the jvp"):
         torch.func.jvp(call, (x,), (torch.ones_like(x),))
 
 
@@ -366,3 +366,40 @@ def test_from_many_python_threads() -> None:
     for _, grads in results[1:]:
         for name, grad in grads.items():
             assert_same_bits(grad, results[0][1][name], name)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_torch_func() -> None:
+    """grad, vmap and jacrev; torch loops over a batch by itself."""
+    target = torch.tensor([[0.0, 0.0, 4.0, 4.0], [1.0, 1.0, 3.0, 5.0]])
+    pred, scores = target + 0.3, torch.tensor([0.3, 0.4])
+    leaf = pred.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(hqod_loss(leaf, target, scores, reduction="sum"), leaf)
+
+    def loss(p: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return hqod_loss(p, t, s, reduction="sum")
+
+    assert torch.equal(torch.func.grad(loss)(pred, target, scores), expected)
+    one = torch.func.grad(lambda p, t, s: loss(p[None], t[None], s[None]))
+    assert torch.allclose(torch.func.vmap(one)(pred, target, scores), expected)
+    each = torch.func.jacrev(lambda p: hqod_loss(p, target, scores, reduction="none"))(pred)
+    assert torch.allclose(each.sum(0), expected)
+    steps = torch.tensor([0.1, 0.2])
+    ds = torch.func.grad(lambda s: fake_quant(scores, s, quant_min=-8, quant_max=7).sum())
+    assert torch.allclose(
+        torch.func.vmap(ds)(steps), torch.stack([ds(step) for step in steps]), atol=1e-6
+    )
+    with pytest.raises(RuntimeError, match="not differentiable twice"):
+        torch.func.grad(lambda p: torch.func.grad(loss)(p, target, scores).sum())(pred)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_batched_gradients() -> None:
+    pred = torch.tensor([[0.3, 0.3, 4.3, 4.3]], requires_grad=True)
+    loss = hqod_loss(pred, torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.tensor([0.3]))
+    upstream = torch.tensor([1.0, 2.0, -3.0])
+    (batched,) = torch.autograd.grad(
+        loss, pred, grad_outputs=upstream, is_grads_batched=True, retain_graph=True
+    )
+    (one,) = torch.autograd.grad(loss, pred)
+    assert torch.allclose(batched, upstream[:, None, None] * one)

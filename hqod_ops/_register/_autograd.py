@@ -20,6 +20,7 @@ from torch import Tensor
 _HALF = (torch.bfloat16, torch.float16)
 _PLAIN = (Tensor, torch.nn.Parameter)  # with values to look at, which a FakeTensor has not
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def _not_twice(ctx: Any, *grads: Tensor) -> None:
@@ -42,6 +43,13 @@ def register(
     )
 
 
+def _is_one(grad: Tensor) -> bool:
+    try:
+        return grad.item() == 1.0
+    except RuntimeError:  # a batch of gradients has no item
+        return False
+
+
 def wants_graph() -> bool:
     """Whether an eager call is to be recorded by autograd."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -59,17 +67,62 @@ def run(op: Any, *args: Any) -> Any:
         return op._op(*args)
 
 
-def direct_apply(function: Any) -> Callable[..., Any]:
-    """``function.apply`` without its handling of functorch's wrappers, where none are active."""
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    if active is None:
-        return function.apply  # type: ignore[no-any-return]
+def direct_apply(function: Any, transformable: Any = None) -> Callable[..., Any]:
+    """``function.apply`` without its handling of functorch's wrappers, where none are active.
+
+    Where some are (``torch.func``), ``transformable.apply``, if there is one.
+    """
+    transformed = (transformable or function).apply
     direct = super(torch.autograd.Function, function).apply
 
     def apply(*args: Any) -> Any:
-        return function.apply(*args) if active() else direct(*args)
+        return transformed(*args) if _transforms_active() else direct(*args)
 
     return apply
+
+
+def transformable(
+    op: Any, backward_op: Any, gradients: int, recompute: Callable[..., tuple[Any, ...]]
+) -> Any:
+    """The function of an op for ``torch.func`` and batched gradients, which ask for a certain form.
+
+    Called as the others are, with the options first. Differentiable once, as they are.
+    """
+
+    class Backward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(arguments: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+            with _below_autograd():
+                return backward_op._op(*tensors, *arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.op_name = backward_op.name()
+
+        backward = staticmethod(_not_twice)
+
+    class Forward(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(options: tuple[Any, ...], *inputs: Tensor | None) -> Any:
+            with _below_autograd():
+                return op._op(*inputs, *options)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.options = inputs[0]
+            ctx.save_for_backward(*inputs[1:])
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+            needed = ctx.needs_input_grad[1:]
+            found = recompute(ctx, grad, ctx.saved_tensors, needed[:gradients], Backward.apply)
+            return None, *found, *[None] * (len(needed) - gradients)
+
+    return Forward
 
 
 def differentiable(
@@ -110,9 +163,18 @@ def differentiable(
         for needed in product((False, True), repeat=gradients)
     }
 
-    def recompute(ctx: Any, grad: Tensor, inputs: Any, needed: tuple[bool, ...]) -> tuple[Any, ...]:
+    def run_backward(arguments: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+        return run(backward_op, *tensors, *arguments)
+
+    def recompute(
+        ctx: Any,
+        grad: Tensor,
+        inputs: Any,
+        needed: tuple[bool, ...],
+        call: Callable[..., Any] = run_backward,
+    ) -> tuple[Any, ...]:
         mask, pick = plans[needed]
-        found: tuple[Any, ...] = pick((None, *run(backward_op, grad, *inputs, *ctx.options, mask)))
+        found: tuple[Any, ...] = pick((None, *call((*ctx.options, mask), grad, *inputs)))
         return found
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -143,7 +205,8 @@ def differentiable(
             found = recompute(ctx, grad, ctx.saved_tensors, ctx.needs_input_grad[mine])
             return None, *found, *others
 
-    apply_recomputing = direct_apply(Recomputing)
+    transformed = transformable(op, backward_op, gradients, recompute)
+    apply_recomputing = direct_apply(Recomputing, transformed)
     if reduction is None:
 
         def call(options: tuple[Any, ...], *inputs: Any) -> Any:
@@ -172,11 +235,11 @@ def differentiable(
                 found = recompute(ctx, grad, saved[gradients:], ctx.needs_input_grad[mine])
             else:
                 found = ctx.pick((None, *saved))
-                if grad.item() != 1.0:
+                if not _is_one(grad):
                     found = tuple([None if x is None else x * grad for x in found])
             return None, *found, *others
 
-    apply_saving = direct_apply(Saving)
+    apply_saving = direct_apply(Saving, transformed)
 
     def call_loss(options: tuple[Any, ...], *inputs: Any) -> Any:
         if not wants_graph():
