@@ -122,8 +122,9 @@ def launches(case: OpCase, variant: Variant, size: Any, dtype: torch.dtype) -> l
 LAUNCHES: dict[str, tuple[str, str, Any, int, int]] = {
     # case, variant, size, launches forward and backward
     "hqod 16": ("hqod_loss", "default", (16,), 1, 1),
-    "hqod 16384": ("hqod_loss", "default", (16_384,), 1, 1),
-    "hqod 16384 logits": ("hqod_loss", "logits_sum", (16_384,), 1, 1),
+    "hqod 1024": ("hqod_loss", "default", (1024,), 1, 1),
+    "hqod 1024 logits": ("hqod_loss", "logits_sum", (1024,), 1, 1),
+    "hqod 16384": ("hqod_loss", "default", (16_384,), 2, 1),
     "hqod 1 M": ("hqod_loss", "default", (2**20,), 2, 1),
     "hqod none": ("hqod_loss", "none_options", (2**20,), 1, 1),
     "hiou": ("harmonious_iou_loss", "default", (70_000,), 1, 1),

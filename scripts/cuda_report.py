@@ -8,6 +8,7 @@ wide accesses. It needs cuobjdump, of the CUDA toolkit or of the triton package,
 
     python scripts/cuda_report.py                   check, and print a table
     python scripts/cuda_report.py --json FILE       write what was found, too
+    python scripts/cuda_report.py --compare FILE    fail where an earlier report is out of date
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from pathlib import Path
 
 LIBRARY = Path(__file__).resolve().parent.parent / "hqod_ops" / "lib" / "libhqod_ops_cuda.so"
@@ -206,12 +207,35 @@ def as_json(kernels: list[Kernel]) -> str:
     return f'{{\n "columns": {json.dumps(columns)},\n "kernels": [\n{rows}\n ]\n}}\n'
 
 
+def differences(kernels: list[Kernel], path: Path) -> list[str]:
+    """How kernels differ from an earlier report, but for registers, which vary with nvcc."""
+    earlier = json.loads(path.read_text())
+    old = {
+        (row["name"], row["arch"]): row
+        for row in (
+            dict(zip(earlier["columns"], values, strict=True)) for values in earlier["kernels"]
+        )
+    }
+    new = {(kernel.name, kernel.arch): asdict(kernel) for kernel in kernels}
+    found = [f"{name} on {arch}: not in {path}" for name, arch in new.keys() - old.keys()]
+    found += [f"{name} on {arch}: only in {path}" for name, arch in old.keys() - new.keys()]
+    for key in new.keys() & old.keys():
+        for column in new[key].keys() - {"registers"}:
+            now, before = new[key][column], old[key][column]
+            if now != before:
+                found.append(f"{key[0]} on {key[1]}: {column} {now}, but {before} in {path}")
+    return sorted(found)
+
+
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("library", nargs="?", type=Path, default=LIBRARY)
     parser.add_argument("--json", type=Path, help="write the findings to this file")
     parser.add_argument("--arch", nargs="+", help="fail unless these, and no others, are there")
+    parser.add_argument(
+        "--compare", type=Path, metavar="JSON", help="fail where an earlier report is out of date"
+    )
     options = parser.parse_args()
     if not options.library.exists():
         print(f"error: {options.library} does not exist: build with nvcc at hand", file=sys.stderr)
@@ -228,6 +252,8 @@ def main() -> int:
         found.append("no kernel found")
     if options.arch and sorted(options.arch) != archs:
         found.append(f"architectures: expected {sorted(options.arch)}, got {archs}")
+    if options.compare:
+        found += differences(kernels, options.compare)
     if options.json:
         options.json.write_text(as_json(kernels))
     for problem in found:
