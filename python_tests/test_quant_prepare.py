@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -242,6 +243,27 @@ def test_calibrate_puts_modes_back_and_leaves_no_trace() -> None:
     again = summary(model)
     calibrate(model, batches(), progress=False)
     assert list(summary(model)) == list(again)
+
+
+def test_calibrate_with_some_of_the_batches() -> None:
+    """No batch more than asked for is drawn from a loader."""
+    drawn = []
+
+    def loader() -> Iterator[Tensor]:
+        for size in (1.0, 2.0, 100.0):
+            drawn.append(size)
+            yield torch.full((1, 3, 4, 4), size)
+
+    def scale(*arguments: Any) -> Tensor:
+        model = prepare_qat(nn.Sequential(nn.Conv2d(3, 2, 1)), "w8a8")
+        return calibrate(model, *arguments, progress=False)[0].input_quantizer.effective_scale()
+
+    some = scale(loader(), 2)
+    assert drawn == [1.0, 2.0]
+    assert torch.equal(some, scale([torch.full((1, 3, 4, 4), size) for size in (1.0, 2.0)]))
+    assert torch.equal(some, scale([*loader()][:2], 9))
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        scale([], 0)
 
 
 def test_calibrate_without_data() -> None:

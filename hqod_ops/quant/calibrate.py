@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def calibrate(
     model: _Model,
     batches: Iterable[Any],
+    steps: int | None = None,
     *,
     forward: Callable[[_Model, Any], object] | None = None,
     progress: bool = True,
@@ -44,6 +47,7 @@ def calibrate(
         model (nn.Module): a model from :func:`prepare_qat`.
         batches (iterable): of batches. Without a ``forward``, each is passed to the model as it is,
             of a tuple or list the first entry, a list of images (Tensor[C, H, W]) as a whole.
+        steps (int, optional): of how many batches at the most. Default: None, all
         forward (callable, optional): ``forward(model, batch)`` runs one batch. Default: None
         progress (bool): show a bar, if rich is installed. Default: True
         distributed (bool): exchange what was seen where ``torch.distributed`` is initialised; False
@@ -54,9 +58,9 @@ def calibrate(
         nn.Module: the same object, in the training or eval mode it had.
 
     Raises:
-        ValueError: the model is not prepared, or wrapped in ``DistributedDataParallel``; there was
-            no batch, a layer was never reached (naming it), or its input held NaN. The scales are
-            then as they were.
+        ValueError: steps is below 1; the model is not prepared, or wrapped in
+            ``DistributedDataParallel``; there was no batch, a layer was never reached (naming it),
+            or its input held NaN. The scales are then as they were.
         RuntimeError: calibration failed in another process.
 
     Example:
@@ -68,6 +72,10 @@ def calibrate(
         >>> model[0].input_quantizer.codes()
         (0, 255)
     """
+    if steps is not None:
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}")
+        batches = _First(batches, steps)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "model: expected a model that is not wrapped in DistributedDataParallel yet: "
@@ -185,6 +193,19 @@ def _input_scale(quantizer: Quantizer) -> Observed:
             f"leave it out with Rule({name!r}, skip=True)"
         )
     return observed
+
+
+class _First:
+    """The first batches, and how many they are where that is known."""
+
+    def __init__(self, batches: Iterable[Any], steps: int) -> None:
+        self._batches, self._steps = batches, steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(iter(self._batches), self._steps)
+
+    def __length_hint__(self) -> int:
+        return min(self._steps, operator.length_hint(self._batches, self._steps))
 
 
 def _progress(batches: Iterable[Any]) -> Iterable[Any]:
