@@ -33,12 +33,20 @@ def restart_keeping_memory() -> None:
 
 
 def _processor() -> str:
+    """Its name, with family and model: a virtual machine may call very different ones alike."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1).strip() if found else platform.machine()
+
+    def value(field: str) -> str | None:
+        found = re.search(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)
+        return found.group(1).strip() if found else None
+
+    name, family, model = value("model name"), value("cpu family"), value("model")
+    if name is None:
+        return platform.machine()
+    return name if family is None else f"{name} (family {family}, model {model})"
 
 
 def _output(*command: str) -> str:
