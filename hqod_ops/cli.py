@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from hqod_ops.detection.train import CONFIG, Run
 
     config = _run_config(arguments)
+    command = ["hqod", "train", "--resume", "--name", config.name, "--runs", str(arguments.runs)]
+    arguments.hint = f"; to continue: {shlex.join(command)}"
     run = Run(config, arguments.runs, resume=arguments.resume)
     if config.init and not arguments.resume:
         print(f"Starting from {config.init}")
@@ -35,17 +38,9 @@ def _train(arguments: argparse.Namespace) -> int:
 def _run_config(arguments: argparse.Namespace) -> Any:
     """Settings from, in this order, the stopped run, the recipe, --set, and the options."""
     from hqod_ops.detection import config as settings
-    from hqod_ops.detection.engine import CHECKPOINT, read_checkpoint
+    from hqod_ops.detection.train import saved_settings
 
-    values: dict[str, Any] = {}
-    if arguments.resume:
-        if arguments.name is None:
-            raise settings.ConfigError("--resume: expected --name of the run to resume")
-        checkpoint = arguments.runs / arguments.name / CHECKPOINT
-        if checkpoint.is_file():
-            values = read_checkpoint(checkpoint)["config"]
-    if arguments.recipe:
-        values = settings.merge(values, settings.read(arguments.recipe))
+    values = settings.read(arguments.recipe) if arguments.recipe else {}
     for text in arguments.set:
         values = settings.merge(values, settings.assignment(text))
     for name, value in (
@@ -65,6 +60,10 @@ def _run_config(arguments: argparse.Namespace) -> Any:
             for part in reversed(name.split(".")):
                 nested = {part: nested}
             values = settings.merge(values, nested)
+    if arguments.resume:
+        if "name" not in values:
+            raise settings.ConfigError("--resume: expected --name of the run to resume")
+        values = settings.merge(saved_settings(arguments.runs / str(values["name"])), values)
     return settings.from_dict(settings.RunConfig, values)
 
 
@@ -199,7 +198,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs")
     train.add_argument("--resume", action="store_true", help="continue the run of this name")
-    train.set_defaults(hint="; to continue: hqod train --resume --name {name} --runs {runs}")
     shared(train)
 
     evaluate = command("eval", _eval, "Evaluate a checkpoint.")
@@ -268,9 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments))
     except KeyboardInterrupt as stop:
         where = f" ({stop})" if str(stop) else ""
-        print(
-            f"hqod: interrupted{where}{arguments.hint.format(**vars(arguments))}", file=sys.stderr
-        )
+        print(f"hqod: interrupted{where}{arguments.hint}", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
         print(f'hqod: {error}: pip install "hqod_ops[detection]"', file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -96,6 +97,42 @@ def test_interrupt_and_resume(
     assert read_checkpoint(tmp_path / "run")["epoch"] == 1
     assert main(command) == 0
     assert read_checkpoint(tmp_path / "run")["epoch"] == 2 and len(calls) == 3 + 2
+
+
+def test_resume_of_a_run_stopped_before_its_first_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings are not lost, whether its name is an option or a setting."""
+
+    def stopped(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hqod_ops.detection.train.calibrate", stopped)
+        options = ["--set", "name=early run", "--bits", "4", "--hqod", "--seed", "7"]
+        assert _train(tmp_path, *options) == INTERRUPTED
+    command = shlex.split(_one_line(capsys).split("to continue: hqod ")[1])
+    assert not (tmp_path / "early run" / "last.pt").exists()
+    assert main([*command, "--epochs", "3"]) == BAD_INPUT
+    assert "cannot resume: schedule.epochs was 2 and is now 3" in _one_line(capsys)
+    assert main(command) == 0
+    settings = read_checkpoint(tmp_path / "early run")["config"]
+    assert settings["quant"]["bits"] == 4 and settings["loss"]["hqod"] and settings["seed"] == 7
+    assert settings["data"]["train_images"] == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--name", "typo"], "typo: expected a run to resume, found neither last.pt nor"),
+        ([], "--resume: expected --name of the run to resume"),
+    ],
+)
+def test_nothing_to_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert _train(tmp_path, "--resume", *options) == BAD_INPUT
+    assert message in _one_line(capsys)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hqod_ops.detection.config import (
     RunConfig,
     TestConfig,
     from_dict,
+    read,
     to_dict,
 )
 from hqod_ops.detection.data import (
@@ -262,6 +263,23 @@ def is_finished(directory: Path) -> bool:
     return (directory / RESULT).is_file()
 
 
+def saved_settings(directory: Path) -> dict[str, Any]:
+    """The settings of a run that was started, as plain data.
+
+    They are those of its checkpoint, or of its ``config.json`` if it was stopped before the first.
+
+    Raises:
+        ConfigError: no run was started there, or its file is broken.
+    """
+    if (directory / CHECKPOINT).is_file():
+        return dict(read_checkpoint(directory)["config"])
+    if (directory / CONFIG).is_file():
+        return read(directory / CONFIG)
+    raise ConfigError(
+        f"{directory}: expected a run to resume, found neither {CHECKPOINT} nor {CONFIG}"
+    )
+
+
 class Run:
     """One training run in a directory of its own.
 
@@ -290,14 +308,15 @@ class Run:
         self.config, self.directory = config, runs / config.name
         self._state: dict[str, Any] | None = None
         checkpoint = self.directory / CHECKPOINT
-        if not checkpoint.is_file():
-            return
-        if not resume:
-            raise ConfigError(
-                f"{self.directory}: holds a run already; choose another name, or resume it"
-            )
-        self._state = read_checkpoint(checkpoint)
-        self._check_same(self._state["config"])
+        if checkpoint.is_file():
+            if not resume:
+                raise ConfigError(
+                    f"{self.directory}: holds a run already; choose another name, or resume it"
+                )
+            self._state = read_checkpoint(checkpoint)
+            self._check_same(self._state["config"])
+        elif resume and (self.directory / CONFIG).is_file():
+            self._check_same(saved_settings(self.directory))
 
     def _check_same(self, saved: dict[str, Any]) -> None:
         for name, value in _flat(to_dict(self.config)).items():
@@ -321,6 +340,10 @@ class Run:
             Interrupted: Ctrl-C; the run can be resumed.
         """
         config, device = self.config, choose_device(self.config.device)
+        # First of all: a run that is stopped before its first checkpoint is resumed by this file.
+        self.directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(to_dict(config), indent=2) + "\n"
+        (self.directory / CONFIG).write_text(text, encoding="utf-8")
         torch.manual_seed(config.seed)
         dataset = open_data(config.data, train=True)
         # Opened before the training, so that a mistake in it does not cost hours.
@@ -332,12 +355,9 @@ class Run:
             quantize(model, config.quant)
             if self._state is None:
                 _calibrate(model, dataset, config)
-        self.directory.mkdir(parents=True, exist_ok=True)
         trainer = Trainer(model, dataset, config, self.directory)
         if self._state is not None:
             trainer.load(self._state)
-        text = json.dumps(to_dict(config), indent=2) + "\n"
-        (self.directory / CONFIG).write_text(text, encoding="utf-8")
         trainer.fit(title=config.name, progress=progress)
         metrics, harmony = evaluate(model, test, config, progress=progress)
         harmony.save(self.directory / HARMONY)
