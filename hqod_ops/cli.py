@@ -70,8 +70,13 @@ def _run_config(arguments: argparse.Namespace) -> Any:
 def _eval(arguments: argparse.Namespace) -> int:
     import dataclasses
 
-    from hqod_ops.detection.config import ConfigError
-    from hqod_ops.detection.train import choose_device, evaluate, load_detector, open_data
+    from hqod_ops.detection.train import (
+        check_categories,
+        choose_device,
+        evaluate,
+        load_detector,
+        open_data,
+    )
 
     model, config, categories = load_detector(arguments.checkpoint)
     data = config.data
@@ -80,11 +85,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.split is not None:
         data = dataclasses.replace(data, test_split=arguments.split)
     dataset = open_data(data)
-    if list(dataset.categories) != list(categories):
-        raise ConfigError(
-            f"--data: expected the {len(categories)} classes that the model was trained on, "
-            f"got {len(dataset.categories)} others"
-        )
+    check_categories("--data", "of the model", categories, dataset.categories)
     model = model.to(choose_device(arguments.device or "auto"))
     metrics, _ = evaluate(model, dataset, config, progress=not arguments.quiet)
     for name, value in metrics.items():

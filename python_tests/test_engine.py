@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from hqod_ops.detection.config import (
     from_dict,
     to_dict,
 )
+from hqod_ops.detection.data import DigitScenes, write_coco
 from hqod_ops.detection.engine import (
     CHECKPOINT,
     LOG,
@@ -171,6 +172,57 @@ def test_quantized_run_starts_from_the_float_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="init: expected the checkpoint of a float model"):
         init = str(tmp_path / "w8")
         Run(tiny_config("again", init=init), tmp_path).train(progress=False)
+
+
+def _digit_files(root: Path, change: Callable[[dict[str, Any]], None], *changed: str) -> DataConfig:
+    """Digits in COCO's layout, with a change of the annotations of some splits."""
+    for split in ("train", "val"):
+        write_coco(DigitScenes(split, num_images=4, size=64), root, split)
+    for split in changed:
+        file = root / "annotations" / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+    return DataConfig(source=str(root), size=64)
+
+
+def _one_less(content: dict[str, Any]) -> None:
+    content["annotations"] = []
+    del content["categories"][-1]
+
+
+def _renamed(content: dict[str, Any]) -> None:
+    content["categories"][3]["name"] = "drei"
+
+
+def _other_ids(content: dict[str, Any]) -> None:
+    content["categories"][3]["id"] = 99
+    content["annotations"] = []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_one_less, "expected the 10 classes of data.train_split, got 9 classes"),
+        (_renamed, "got 'drei' for '3' as class 4 of 10"),
+        (_other_ids, "got '4' for '3' as class 4 of 10"),
+    ],
+)
+def test_train_and_test_classes_are_the_same(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    data = _digit_files(tmp_path / "data", change, "val")
+    with pytest.raises(ConfigError, match=f"^data.test_split: .*{message}"):
+        Run(tiny_config("run", data=data), tmp_path).train(progress=False)
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
+
+
+def test_classes_to_start_from_are_those_of_the_data(tmp_path: Path) -> None:
+    Run(tiny_config("float"), tmp_path).train(progress=False)
+    data = _digit_files(tmp_path / "data", _renamed, "train", "val")
+    config = tiny_config("w4", data=data, init=str(tmp_path / "float"))
+    with pytest.raises(ConfigError, match="^init: .*got '3' for 'drei' as class 4 of 10"):
+        Run(config, tmp_path).train(progress=False)
 
 
 def test_existing_runs_are_safe(tmp_path: Path) -> None:

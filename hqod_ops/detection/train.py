@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,34 @@ def _open_digits(split: str, size: int | None, **options: Any) -> DetectionDatas
     return open_dataset("digits", split, size=size, **options)
 
 
+def check_categories(name: str, owner: str, expected: Sequence[str], got: Sequence[str]) -> None:
+    """Check that labels mean the same here as there: without it an AP would be silently wrong.
+
+    Args:
+        name (str): the setting to blame.
+        owner (str): whose the expected classes are, after "classes".
+        expected (sequence of str): names of the classes, by label.
+        got (sequence of str): those that came.
+
+    Raises:
+        ConfigError: the numbers differ, or a name; the message is one line.
+
+    Example:
+        >>> from hqod_ops.detection.train import check_categories
+        >>> check_categories("data.test_split", "of data.train_split", ["cat"], ["cat"])
+    """
+    if len(expected) != len(got):
+        raise ConfigError(
+            f"{name}: expected the {len(expected)} classes {owner}, got {len(got)} classes"
+        )
+    for label, (wanted, found) in enumerate(zip(expected, got, strict=True)):
+        if wanted != found:
+            raise ConfigError(
+                f"{name}: expected the classes {owner}, got {found!r} for {wanted!r} as class "
+                f"{label + 1} of {len(expected)}"
+            )
+
+
 def build_model(config: RunConfig, num_classes: int) -> ATSS:
     """An untrained float detector.
 
@@ -149,15 +178,11 @@ def _calibrate(model: ATSS, dataset: DetectionDataset, config: RunConfig) -> Non
     calibrate(model.network, batches, progress=False)
 
 
-def _load_float(model: ATSS, config: RunConfig, classes: int) -> None:
+def _load_float(model: ATSS, config: RunConfig, categories: Sequence[str]) -> None:
     state = read_checkpoint(config.init)
     if state["config"]["quant"]["bits"]:
         raise ConfigError(f"init: expected the checkpoint of a float model, got {config.init}")
-    if len(state["categories"]) != classes:
-        raise ConfigError(
-            f"init: expected {classes} classes as in the data, "
-            f"got {len(state['categories'])} in {config.init}"
-        )
+    check_categories("init", "of the data", categories, state["categories"])
     try:
         model.load_state_dict(state["model"])
     except RuntimeError:
@@ -348,9 +373,12 @@ class Run:
         dataset = open_data(config.data, train=True)
         # Opened before the training, so that a mistake in it does not cost hours.
         test = open_data(config.data)
+        check_categories(
+            "data.test_split", "of data.train_split", dataset.categories, test.categories
+        )
         model = build_model(config, len(dataset.categories)).to(device)
         if config.init and self._state is None:
-            _load_float(model, config, len(dataset.categories))
+            _load_float(model, config, dataset.categories)
         if config.quant.bits:
             quantize(model, config.quant)
             if self._state is None:
