@@ -217,6 +217,20 @@ def test_missing_package_names_the_extra() -> None:
     assert "torchvision" in done.stderr and 'pip install "hqod_ops[detection]"' in done.stderr
 
 
+def test_info_needs_the_core_alone() -> None:
+    """Each command imports what it needs: info says what is missing."""
+    code = """
+import sys
+for name in ("tomllib", "tomli", "torchvision", "PIL", "sklearn", "pycocotools", "rich"):
+    sys.modules[name] = None
+from hqod_ops.cli import main
+sys.exit(main(["info"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert "torchvision" in done.stdout
+
+
 @pytest.mark.parametrize("argv", [[], ["fly"], ["train", "--epochs", "0"]])
 def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from hqod_ops.quant.toml import _tomllib
 
 
 class ConfigError(ValueError):
@@ -268,7 +264,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
     try:
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        data = json.loads(text) if path.suffix == ".json" else _tomllib().loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(data, dict):
@@ -307,7 +303,7 @@ def assignment(text: str) -> dict[str, Any]:
     if not equals or not name:
         raise ConfigError(f"--set: expected table.setting=value, got {text!r}")
     try:
-        parsed: Any = tomllib.loads(f"value = {value}")["value"]
+        parsed: Any = _tomllib().loads(f"value = {value}")["value"]
     except ValueError:
         parsed = value
     for part in reversed(name.split(".")):
