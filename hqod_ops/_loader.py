@@ -18,6 +18,8 @@ _HERE = Path(__file__).resolve().parent
 LIBRARIES = {"cpu": "libhqod_ops.so", "cuda": "libhqod_ops_cuda.so"}
 
 _errors: dict[str, str] = {}
+_wrong_choice = ""
+"""What is wrong with HQOD_BACKEND; kept, so that build_info can say it."""
 _backend_module: ModuleType | None = None
 
 
@@ -33,7 +35,7 @@ class Backend(Protocol):
 
 
 class BackendError(ImportError):
-    """The native library of hqod_ops is missing or cannot be loaded."""
+    """The ops cannot run: no native library, or a wrong HQOD_BACKEND or HQOD_CPU_ISA."""
 
 
 def _load(kind: str) -> bool:
@@ -51,9 +53,11 @@ def _load(kind: str) -> bool:
 
 
 def _choose() -> ModuleType | None:
-    wanted = os.environ.get("HQOD_BACKEND", "native")
+    global _wrong_choice
+    wanted = os.environ.get("HQOD_BACKEND") or "native"
     if wanted not in ("native", "reference"):
-        raise ValueError(f"HQOD_BACKEND: expected 'native' or 'reference', got {wanted!r}")
+        _wrong_choice = f"HQOD_BACKEND: expected 'native' or 'reference', got {wanted!r}"
+        return None
     if wanted == "reference":
         return importlib.import_module("hqod_ops.reference")
     if not _load("cpu"):
@@ -69,8 +73,11 @@ def backend() -> Backend:
     """The module that runs the ops: the native one, or the reference when it was asked for.
 
     Raises:
-        BackendError: the native library is missing; the message says what to do.
+        BackendError: the native library is missing, or HQOD_BACKEND names no backend; the message
+            says what to do.
     """
+    if _backend_module is None and _wrong_choice:
+        raise BackendError(_wrong_choice)
     if _backend_module is None:
         raise BackendError(
             f"The native library of hqod_ops {__version__} cannot be loaded: {_errors['cpu']}.\n"
@@ -80,6 +87,29 @@ def backend() -> Backend:
             "or choose the slow plain PyTorch implementation: HQOD_BACKEND=reference"
         )
     return cast(Backend, _backend_module)
+
+
+def check_environment() -> None:
+    """Raise BackendError if HQOD_BACKEND or HQOD_CPU_ISA is wrong, before anything is computed."""
+    if _wrong_choice:
+        raise BackendError(_wrong_choice)
+    try:
+        _cpu_isa()
+    except RuntimeError as error:
+        raise BackendError(_first_line(error)) from None
+
+
+def _native() -> bool:
+    return _backend_module is not None and _backend_module.__name__ == "hqod_ops._register"
+
+
+def _cpu_isa() -> str:
+    names = ("baseline", "avx2", "avx512")
+    return names[torch.ops.hqod._cpu_isa()] if _native() else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def build_info() -> dict[str, str]:
@@ -94,16 +124,20 @@ def build_info() -> dict[str, str]:
         "hqod_ops": __version__,
         "torch": torch.__version__,
         "python": sys.version.split()[0],
-        "backend": "none" if _backend_module is None else _backend_module.__name__.split(".")[-1],
+        "backend": _wrong_choice or ("native" if _native() else "none"),
     }
-    info["backend"] = info["backend"].replace("_register", "native")
+    if _backend_module is not None and not _native():
+        info["backend"] = "reference"
     for kind, name in LIBRARIES.items():
-        loaded = info["backend"] == "native" and kind not in _errors
+        loaded = _native() and kind not in _errors
         info[f"{kind} library"] = (
             name if loaded else f"not loaded: {_errors.get(kind, 'not asked')}"
         )
-    if info["backend"] == "native":
-        info["cpu isa"] = ("baseline", "avx2", "avx512")[torch.ops.hqod._cpu_isa()]
+    if _native():
+        try:
+            info["cpu isa"] = _cpu_isa()
+        except RuntimeError as error:
+            info["cpu isa"] = f"none: {_first_line(error)}"
     return info
 
 

@@ -255,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         int: exit code: 0, 2 for bad input, 130 after Ctrl-C.
     """
+    from hqod_ops._loader import check_environment
     from hqod_ops.detection.config import ConfigError
     from hqod_ops.detection.data import DataError
 
@@ -264,6 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         torch.set_num_threads(arguments.threads)
     try:
+        if arguments.command is not _info:  # which shows what is wrong
+            check_environment()
         return int(arguments.command(arguments))
     except KeyboardInterrupt as stop:
         where = f" ({stop})" if str(stop) else ""

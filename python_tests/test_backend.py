@@ -74,11 +74,41 @@ def test_reference_backend(bare: Path) -> None:
 
 
 def test_unknown_backend(bare: Path) -> None:
-    result = use(bare, HQOD_BACKEND="cuda")
-    assert result.returncode != 0
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: HQOD_BACKEND") and "'cuda'" in last
-    assert "'native'" in last and "'reference'" in last
+    """Said by build_info, and by the first op."""
+    message = "HQOD_BACKEND: expected 'native' or 'reference', got 'cuda'"
+    lines = use(bare, HQOD_BACKEND="cuda").stdout.splitlines()
+    assert lines[1:] == [
+        f"backend {message} | not loaded: not asked",
+        f"hqod_ops._loader BackendError {message}",
+    ]
+
+
+HQOD = "import sys; from hqod_ops.cli import main; sys.exit(main({}))"
+
+
+@pytest.mark.require("torchvision")
+@pytest.mark.parametrize(
+    ("variable", "row"),
+    [
+        ("HQOD_BACKEND", "backend"),
+        pytest.param("HQOD_CPU_ISA", "cpu isa", marks=pytest.mark.require("ext")),
+    ],
+)
+def test_command_with_a_wrong_variable(variable: str, row: str) -> None:
+    """The command that looks for faults shows it, the others say it in one line."""
+    info = use(ROOT, HQOD.format(["info"]), **{variable: "foo"})
+    assert info.returncode == 0 and not info.stderr, info.stderr
+    (line,) = (line for line in info.stdout.splitlines() if line.startswith(row))
+    assert f"{variable}: expected " in line and "'foo'" in line
+    train = use(ROOT, HQOD.format(["train", "--name", "x"]), **{variable: "foo"})
+    assert train.returncode == 2 and train.stderr.startswith(f"hqod: {variable}: expected ")
+    assert train.stderr.count("\n") == 1
+
+
+@pytest.mark.require("ext")
+def test_empty_variables_count_as_unset() -> None:
+    result = use(ROOT, HQOD_BACKEND="", HQOD_CPU_ISA="")
+    assert "backend native" in result.stdout and "iou 1.0" in result.stdout, result.stderr
 
 
 @pytest.mark.require("ext")
