@@ -16,6 +16,12 @@ Transform: TypeAlias = Callable[[Tensor, Target], tuple[Tensor, Target]]
 class DataError(ValueError):
     """The data on disk cannot be used; the message is one line naming the file and the fault."""
 
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises what its worker met again, with the worker's stack before the message.
+        if message.startswith("Caught DataError in DataLoader worker"):
+            message = message.rstrip().rpartition(f"{__name__}.DataError: ")[2]
+        super().__init__(message)
+
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
     """Base of the data sets: images with boxes, and their ground truth in COCO format.
