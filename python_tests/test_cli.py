@@ -145,8 +145,13 @@ def test_nothing_to_resume(
         (["--set", "data.size=7"], "data.size: expected a value in [64, 1024], got 7"),
         (["--set", "model.groups=3"], "model.groups: expected a divisor of 8 channels, got 3"),
         (["--set", "data.colour=1"], "data.colour: no such setting"),
-        (["--set", "data.test_split=evening"], "data.split: expected one of 'train'"),
+        (["--set", "data.test_split=evening"], "data.test_split: expected one of 'train'"),
+        (["--set", "data.train_images=3000000000"], "data.train_images: expected a value in [1"),
         (["--device", "toaster"], "device: cannot use 'toaster'"),
+        (["--device", "meta"], "device: cannot use 'meta'"),
+        (["--lr", "nan"], "schedule.lr: expected at least 0, got nan"),
+        (["--seed", "99999999999999999999"], "seed: expected a value in [0, 4294967295], got 99"),
+        (["--set", "data.workers=-1"], "data.workers: expected at least 0, got -1"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -19,6 +19,7 @@ from hqod_ops.detection.data import (
     Resize,
     Target,
     VocDataset,
+    collate,
     open_dataset,
     write_coco,
 )
@@ -237,6 +238,9 @@ COCO_FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "box of text": (change("annotations", 1, bbox=["a", 2, 3, 4]), "annotation 1: bbox: expected"),
     "no box": (change("annotations", 1, bbox=...), "expected a box of 4 numbers, got None"),
     "nan box": (change("annotations", 1, bbox=[0, 0, float("nan"), 1]), "finite coordinates"),
+    "huge box": (change("annotations", 1, bbox=[0, 0, 10**400, 1]), "finite coordinates"),
+    "huge area": (change("annotations", 1, area=10**400), "expected an area of at least 0"),
+    "deep": (lambda c: "[" * 100_000, "cannot be read as JSON"),
     "negative box": (change("annotations", 1, bbox=[0, 0, -1, 1]), "of at least 0, got [0, 0, -1"),
     "unknown category": (change("annotations", 1, category_id=8), "unknown category_id 8"),
     "no category": (change("annotations", 1, category_id=...), "unknown category_id None"),
@@ -284,6 +288,35 @@ def test_broken_images(tmp_path: Path) -> None:
     make_coco(tmp_path, content)
     message = fault(lambda: open_dataset(tmp_path, "val")[0])
     assert message == f"{path}: expected 41 x 20 pixels as annotated, got 40 x 20"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_image_in_a_loader(tmp_path: Path, workers: int) -> None:
+    """The worker's stack is not part of the message."""
+    make_coco(tmp_path)
+    path = tmp_path / "val2017" / "a.png"
+    path.write_bytes(path.read_bytes()[:40])
+    data = open_dataset(tmp_path, "val")
+    loader = torch.utils.data.DataLoader(data, num_workers=workers, collate_fn=collate)
+    message = fault(lambda: list(loader))
+    assert message.startswith(f"{path}: cannot be read as an image")
+
+
+def test_huge_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow refuses to open what may be meant to fill the memory."""
+    from PIL import Image
+
+    make_coco(tmp_path / "coco")
+    make_voc(tmp_path / "voc")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert "cannot be read as an image" in fault(lambda: open_dataset(tmp_path / "coco", "val")[0])
+    assert "cannot be read as an image" in fault(lambda: open_dataset(tmp_path / "voc", "val"))
+
+
+def test_unknown_encoding(tmp_path: Path) -> None:
+    file = make_voc(tmp_path)
+    file.write_text('<?xml version="1.0" encoding="klingon"?><annotation></annotation>')
+    assert f"{file}: cannot be read as XML" in fault(lambda: open_dataset(tmp_path, "val"))
 
 
 BNDBOX = "<object><name>dog</name><bndbox>{}</bndbox></object>"

@@ -317,6 +317,22 @@ def test_bad_settings(values: dict[str, Any], message: str) -> None:
         from_dict(RunConfig, values)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("schedule.lr=-1", "schedule.lr=inf", "schedule.weight_decay=-1", "schedule.warmup=-0.1"),
+        *("model.groups=0", "model.stem=0", "model.channels=0", "model.anchor_scale=0"),
+        *("model.widths=[0,1,2]", "loss.topk=0", "test.max_detections=0", "test.nms_iou=-1"),
+        *("quant.edge_bits=1", "quant.edge_bits=99", "quant.calibration_images=0"),
+        *("quant.calibration_images=-1", "data.workers=-1", "data.train_images=0", "seed=-1"),
+    ],
+)
+def test_settings_out_of_range(text: str) -> None:
+    name = text.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"^{name}: expected (at least|a value in) .*, got "):
+        from_dict(RunConfig, assignment(text))
+
+
 def test_settings_survive_json() -> None:
     config = tiny_config("x")
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config

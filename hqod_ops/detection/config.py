@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -38,6 +39,12 @@ class ModelConfig:
     anchor_scale: float = 3.0
     """Side of an anchor, in strides of its level."""
 
+    def __post_init__(self) -> None:
+        counts = ("stem", "widths", "depths", "levels", "channels", "groups")
+        _in_range("model.", self, **dict.fromkeys(counts, (1, _MOST)))
+        # Below 0.25 an anchor of stride 4 rounds to nothing.
+        _in_range("model.", self, head_depth=(0, _MOST), anchor_scale=(0.25, _MOST))
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -63,6 +70,9 @@ class LossConfig:
     """Candidates per level and object."""
 
     def __post_init__(self) -> None:
+        factors = ("hiou_weight", "tcorr_weight", "box_weight", "focal_gamma")
+        _in_range("loss.", self, **dict.fromkeys(factors, (0, _MOST)))
+        _in_range("loss.", self, focal_alpha=(0, 1), topk=(1, _MOST))
         _one_of("loss.variant", self.variant, ("official", "geometric"))
         _one_of("loss.normaliser", self.normaliser, ("official", "num_pos"))
 
@@ -81,6 +91,10 @@ class TestConfig:
     """Overlap above which the weaker of two boxes of a class is dropped."""
     max_detections: int = 100
     """Detections an image."""
+
+    def __post_init__(self) -> None:
+        _in_range("test.", self, score_threshold=(0, 1), nms_iou=(0, 1))
+        _in_range("test.", self, candidates=(1, _MOST), max_detections=(1, _MOST))
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,8 @@ class QuantConfig:
     def __post_init__(self) -> None:
         if self.bits != 0 and not 2 <= self.bits <= 8:
             raise ConfigError(f"quant.bits: expected 0 (off) or 2 to 8, got {self.bits}")
+        _in_range("quant.", self, edge_bits=(2, 8), calibration_images=(1, _MOST))
+        _in_range("quant.", self, scale_lr=(0, _MOST), scale_decay=(0, _MOST))
         _one_of("quant.weight_init", self.weight_init, ("minmax", "lsq"))
 
 
@@ -137,6 +153,11 @@ class DataConfig:
     workers: int = 0
     """Processes that load images; 0 loads in the training process."""
 
+    def __post_init__(self) -> None:
+        _in_range("data.", self, **dict.fromkeys(("train_images", "test_images"), (1, _MOST)))
+        sides = ("size", "short_side", "max_side", "workers")
+        _in_range("data.", self, **dict.fromkeys(sides, (0, _MOST)))
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -164,11 +185,9 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         _one_of("schedule.optimizer", self.optimizer, ("adamw", "sgd"))
         _one_of("schedule.policy", self.policy, ("onecycle", "step"))
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"schedule.{name}: expected at least 1, got {getattr(self, name)}"
-                )
+        _in_range("schedule.", self, epochs=(1, _MOST), batch_size=(1, _MOST), warmup=(0, 1))
+        rest = ("lr", "weight_decay", "steps", "clip")
+        _in_range("schedule.", self, **dict.fromkeys(rest, (0, _MOST)))
 
 
 @dataclass(frozen=True)
@@ -189,6 +208,23 @@ class RunConfig:
     test: TestConfig = field(default_factory=TestConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _in_range("", self, seed=(0, 2**32 - 1))
+
+
+_MOST = sys.float_info.max
+"""The upper end of a range that has none: neither infinity nor NaN is in it."""
+
+
+def _in_range(prefix: str, settings: object, **ranges: tuple[float, float]) -> None:
+    """Check settings, of a list each entry, against the lowest and highest value allowed."""
+    for name, (low, high) in ranges.items():
+        values = getattr(settings, name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if not low <= value <= high:
+                wanted = f"at least {low}" if high == _MOST else f"a value in [{low}, {high}]"
+                raise ConfigError(f"{prefix}{name}: expected {wanted}, got {value}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -87,7 +87,12 @@ def open_data(config: DataConfig, *, train: bool = False) -> DetectionDataset:
     except DataError:
         raise
     except ValueError as error:
-        raise ConfigError(f"data.{error}") from None
+        text = str(error)
+        for name in ("num_images", "split"):  # settings that exist for training and for testing
+            if text.startswith(f"{name}:"):
+                kind = "train" if train else "test"
+                text = f"{kind}_{name.removeprefix('num_')}{text.removeprefix(name)}"
+        raise ConfigError(f"data.{text}") from None
 
 
 # Scenes take seconds to draw and no run changes them, so the runs of a process share them.
@@ -150,6 +155,8 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
         raise ConfigError(f"device: cannot use {name!r}: {first}") from None
+    if device.type == "meta":
+        raise ConfigError(f"device: cannot use {name!r}: it computes no values")
     return device
 
 

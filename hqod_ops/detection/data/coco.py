@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: the annotation file is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({one_line(error)})") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got a {type(content).__name__}")
@@ -124,7 +124,7 @@ def _add_object(
     if crowd not in (0, 1):
         raise DataError(f"{where}: expected iscrowd 0 or 1, got {crowd!r}")
     area = note.get("area", width * height)
-    if not isinstance(area, int | float) or not math.isfinite(area) or area < 0:
+    if not isinstance(area, int | float) or not 0 <= area <= sys.float_info.max:
         raise DataError(f"{where}: expected an area of at least 0, got {area!r}")
     box = (x, y, x + width, y + height)
     record.objects.append(Annotation(record.image_id, labels[category_id], box, int(crowd), area))

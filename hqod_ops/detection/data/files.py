@@ -77,7 +77,7 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with image_module.open(path) as image:
             width, height = image.size
-    except OSError as error:
+    except (OSError, image_module.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be read as an image ({one_line(error)})") from error
     return int(width), int(height)
 
@@ -97,6 +97,8 @@ def check_box(box: Any, where: str) -> tuple[float, float, float, float]:
         raise DataError(f"{where}: expected a box of 4 numbers, got {box!r}")
     try:
         a, b, c, d = (float(value) for value in box)
+    except OverflowError:
+        raise DataError(f"{where}: expected finite coordinates, got one beyond float") from None
     except (TypeError, ValueError):
         raise DataError(f"{where}: expected a box of 4 numbers, got {box!r}") from None
     if not all(np.isfinite((a, b, c, d))):
@@ -170,7 +172,8 @@ class FileDataset(DetectionDataset):
         try:
             with image_module.open(record.path) as file:
                 image = file.convert("RGB")
-        except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
+        # Pillow raises SyntaxError for some broken PNGs.
+        except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
             reason = one_line(error)
             raise DataError(f"{record.path}: cannot be read as an image ({reason})") from error
         if image.size != (record.width, record.height):

@@ -88,7 +88,8 @@ def _parse(path: Path) -> ElementTree.Element:
         return ElementTree.parse(path).getroot()
     except FileNotFoundError:
         raise DataError(f"{path}: the annotation file is missing") from None
-    except (OSError, ElementTree.ParseError) as error:
+    # Expat raises LookupError or ValueError for an encoding that it does not know.
+    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as XML ({one_line(error)})") from error
 
 
