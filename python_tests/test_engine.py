@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -172,6 +172,37 @@ def test_quantized_run_starts_from_the_float_one(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="init: expected the checkpoint of a float model"):
         init = str(tmp_path / "w8")
         Run(tiny_config("again", init=init), tmp_path).train(progress=False)
+
+
+def test_calibration_sees_a_sample_one_batch_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    ahead: list[int] = []
+    original = DigitScenes.load
+
+    def load(dataset: DigitScenes, index: int) -> Any:
+        loaded.append(index)
+        return original(dataset, index)
+
+    def look(network: object, batches: Iterable[torch.Tensor], **options: object) -> None:
+        for number, batch in enumerate(batches, start=1):
+            ahead.append(len(loaded) - 4 * number)
+            assert batch.shape == (4, 3, 64, 64)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DigitScenes, "load", load)
+    monkeypatch.setattr("hqod_ops.detection.train.calibrate", look)
+    seen = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        loaded.clear()
+        quant = QuantConfig(bits=4, calibration_images=8)
+        with pytest.raises(KeyboardInterrupt):
+            Run(tiny_config(name, seed=seed, quant=quant), tmp_path).train(progress=False)
+        seen.append(list(loaded))
+    assert ahead == [0] * 6
+    assert all(len(set(order)) == 8 and order != sorted(order) for order in seen)
+    assert seen[0] == seen[1] != seen[2]
 
 
 def _digit_files(root: Path, change: Callable[[dict[str, Any]], None], *changed: str) -> DataConfig:

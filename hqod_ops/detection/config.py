@@ -108,7 +108,7 @@ class QuantConfig:
     weight_init: str = "minmax"
     """First scale of the weights: "minmax" or "lsq" (2 * mean|w| / sqrt(quant_max))."""
     calibration_images: int = 256
-    """Training images that set the first activation scales."""
+    """Training images, drawn at random, that set the first activation scales."""
     scale_lr: float = 0.1
     """Learning rate of the scales, relative to that of the weights."""
     scale_decay: float = 0.0

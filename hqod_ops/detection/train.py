@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -174,15 +174,23 @@ def quantize(model: ATSS, config: QuantConfig) -> None:
 
 
 def _calibrate(model: ATSS, dataset: DetectionDataset, config: RunConfig) -> None:
-    """The first scales, from the first images of the training set."""
+    """The first scales, from a sample of the training images."""
+    calibrate(model.network, _calibration_batches(model, dataset, config), progress=False)
+
+
+def _calibration_batches(
+    model: ATSS, dataset: DetectionDataset, config: RunConfig
+) -> Iterator[Tensor]:
+    """Batches of images drawn by the run's seed, one in memory at a time.
+
+    Files are often sorted by what is in them, so the first ones are no sample.
+    """
     device = next(model.parameters()).device
-    count = min(config.quant.calibration_images, len(dataset))
-    images = [dataset[i][0] for i in range(count)]
-    size = config.schedule.batch_size
-    batches = [
-        batch_images(images[i : i + size], device, model.strides[-1]) for i in range(0, count, size)
-    ]
-    calibrate(model.network, batches, progress=False)
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(dataset), generator=generator)[: config.quant.calibration_images]
+    for indices in order.split(config.schedule.batch_size):
+        images = [dataset[i][0] for i in indices.tolist()]
+        yield batch_images(images, device, model.strides[-1])
 
 
 def _load_float(model: ATSS, config: RunConfig, categories: Sequence[str]) -> None:
