@@ -13,7 +13,14 @@ pytest.importorskip("pycocotools")
 pytest.importorskip("matplotlib")
 
 from hqod_ops.cli import main
-from hqod_ops.detection.config import ConfigError, LossConfig, QuantConfig, RunConfig, to_dict
+from hqod_ops.detection.config import (
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    QuantConfig,
+    RunConfig,
+    to_dict,
+)
 from hqod_ops.detection.demo import LENGTHS, demo_configs
 from hqod_ops.detection.engine import Trainer
 from hqod_ops.detection.report import COLUMNS, aggregate, find_runs, label, markdown
@@ -86,3 +93,18 @@ def test_a_missing_metric_is_a_dash() -> None:
 def test_no_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="expected a finished run there or below, found none"):
         find_runs([tmp_path])
+
+
+def test_rows_of_the_same_label_name_their_runs() -> None:
+    """Two data sets are two rows, which would both read FP32."""
+    runs = [
+        {**dict.fromkeys(COLUMNS, 0.5), "config": to_dict(config)}
+        for config in (
+            RunConfig(name="cats"),
+            RunConfig(name="dogs-0", data=DataConfig(source="dogs")),
+            RunConfig(name="dogs-1", data=DataConfig(source="dogs"), seed=1),
+            RunConfig(name="w4", quant=QuantConfig(bits=4)),
+        )
+    ]
+    labels = [row["label"] for row in aggregate(runs)]
+    assert labels == ["FP32 (cats)", "FP32 (dogs-0, dogs-1)", "4-bit LSQ"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,8 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         results (sequence of mapping): what :func:`read_result` gives.
 
     Returns:
-        list of dict: one for each group in order of appearance: ``label``, ``seeds``, ``runs``
-        (number of runs), and for each metric ``{"mean": ..., "std": ...}``, None
+        list of dict: one for each group in order of appearance: ``label`` (with the names of the
+        runs, where two groups would have the same), ``seeds``, ``runs`` (number of runs), and for each metric ``{"mean": ..., "std": ...}``, None
         without a value and, for std, with one.
 
     Example:
@@ -112,6 +113,10 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "std": statistics.stdev(values) if len(values) > 1 else None,
             }
         rows.append(row)
+    repeated = Counter(row["label"] for row in rows)
+    for row, runs in zip(rows, groups.values(), strict=True):
+        if repeated[row["label"]] > 1:
+            row["label"] += f" ({', '.join(run['config']['name'] for run in runs)})"
     return rows
 
 
