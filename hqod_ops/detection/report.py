@@ -80,9 +80,9 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         results (sequence of mapping): what :func:`read_result` gives.
 
     Returns:
-        list of dict: one for each group in order of appearance: ``label`` (with the names of the
-        runs, where two groups would have the same), ``seeds``, ``runs`` (number of runs), and for each metric ``{"mean": ..., "std": ...}``, None
-        without a value and, for std, with one.
+        list of dict: one for each group in order of appearance: ``label`` (with the names of its
+        runs, where another group has the same), ``seeds``, ``runs`` (number of runs), and for each
+        metric ``{"mean": ..., "std": ...}``, None without a value and, for std, with one.
 
     Example:
         >>> from hqod_ops.detection.config import RunConfig, to_dict
