@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant import calibrate, prepare_qat
+from hqod_ops.quant import LevelBatchNorm2d, calibrate, prepare_qat
 from hqod_ops.quant.export import NMS, detection_network, export_onnx
 from hqod_ops.quant.export.evaluate import usable_opset
 from hqod_ops.quant.producers import place_on_producers
@@ -44,10 +46,23 @@ def anchors() -> Any:
     return AnchorGenerator(((8,), (16,)), ((1.0,),) * 2)
 
 
-def retinanet() -> nn.Module:
+def retinanet(**changes: Any) -> nn.Module:
     from torchvision.models.detection import RetinaNet
 
-    return RetinaNet(Backbone(), anchor_generator=anchors(), **SIZES)
+    return RetinaNet(Backbone(), anchor_generator=anchors(), **SIZES, **changes)
+
+
+def aqd_retinanet() -> nn.Module:
+    """A head with a batch norm for each level, whose statistics differ."""
+    from torchvision.models.detection.retinanet import RetinaNetHead
+
+    norm = partial(LevelBatchNorm2d, levels=2)
+    model = retinanet(head=RetinaNetHead(32, 1, 3, norm_layer=norm))
+    for module in model.modules():
+        if isinstance(module, LevelBatchNorm2d):
+            for level, bn in enumerate(module.norms):
+                nn.init.constant_(bn.running_mean, -level)
+    return model
 
 
 def fcos() -> nn.Module:
@@ -118,6 +133,19 @@ def test_network_of_a_one_stage_detector(
         expected = network(x)
     for ours, theirs in zip(run(report.path, x), expected, strict=True):
         assert np.linalg.norm(ours - theirs.numpy()) <= 0.05 * np.linalg.norm(theirs.numpy())
+
+
+@pytest.mark.parametrize("build", [retinanet, aqd_retinanet])
+def test_a_network_starts_every_call_and_every_export_anew(build: Any) -> None:
+    model, images = calibrated(build), list(torch.rand(2, 3, 32, 32))
+    network, x = detection_network(model), model.transform(images)[0].tensors
+    with torch.no_grad():
+        first = network(x)
+        model(images)
+        again = [network(x), copy.deepcopy(network)(x)]
+        again += [torch.export.export(network, (x,), strict=s).module()(x) for s in (False, True)]
+    for outputs in again:
+        assert all(torch.equal(a, b) for a, b in zip(first, outputs, strict=True))
 
 
 def test_network_of_faster_rcnn(tmp_path: Path) -> None:

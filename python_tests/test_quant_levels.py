@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from hqod_ops.quant import QATConfig, calibrate, prepare_qat, reset_levels, summary
+from hqod_ops.quant import (
+    LevelBatchNorm2d,
+    QATConfig,
+    calibrate,
+    prepare_qat,
+    reset_levels,
+    summary,
+)
 
 SIZES = (16, 8, 4)
 
@@ -171,3 +178,12 @@ def test_a_shared_head_compiles() -> None:
         for a, b in zip(expected, step(compiled), strict=True):
             torch.testing.assert_close(a, b)
     assert counter.frame_count == 1
+
+
+def test_reset_levels_starts_norms_of_levels_too() -> None:
+    norm = LevelBatchNorm2d(3, levels=2).eval()
+    nn.init.constant_(norm.norms[1].running_mean, 1.0)
+    x = images()[:, :, :4, :4]
+    first = norm(x)
+    reset_levels(norm)
+    assert torch.equal(norm(x), first)

@@ -20,6 +20,7 @@ from hqod_ops.quant.dsq import DSQ
 from hqod_ops.quant.export import NMS, ExportError, ExportReport, detection_network, export_onnx
 from hqod_ops.quant.layers import QATConv2d, QATConvTranspose2d, QATLayer, QATLinear
 from hqod_ops.quant.level_norm import LevelBatchNorm2d, use_level_batch_norm
+from hqod_ops.quant.levels import reset_levels
 from hqod_ops.quant.lsq import LSQ
 from hqod_ops.quant.lsq_plus import LSQPlus
 from hqod_ops.quant.minmax import MinMaxSTE
@@ -45,7 +46,7 @@ from hqod_ops.quant.params import (
 from hqod_ops.quant.plan import LayerPlan, Plan, plan_qat
 from hqod_ops.quant.prepare import prepare_qat
 from hqod_ops.quant.producers import Placement, place_on_producers, placement
-from hqod_ops.quant.quantizer import Quantizer, reset_levels
+from hqod_ops.quant.quantizer import Quantizer
 from hqod_ops.quant.quantizers import QUANTIZERS
 from hqod_ops.quant.summary import LayerSummary, Summary, summary
 from hqod_ops.quant.toml import from_toml, load_config, save_config, to_toml

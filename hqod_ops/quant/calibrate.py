@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from hqod_ops.quant._run import call, evaluating
 from hqod_ops.quant.layers import QATLayer
+from hqod_ops.quant.levels import reset_levels
 from hqod_ops.quant.observers import gather
-from hqod_ops.quant.quantizer import Observed, Quantizer, reset_levels
+from hqod_ops.quant.quantizer import Observed, Quantizer
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hqod_ops.functional import fake_quant_foreach
-from hqod_ops.quant.layers import QATLayer, in_backward
+from hqod_ops.quant.layers import QATLayer
+from hqod_ops.quant.levels import in_backward
 from hqod_ops.quant.linear_scale import positive
 from hqod_ops.quant.lsq import LSQ
 from hqod_ops.quant.quantizer import Quantizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,11 +89,6 @@ class QATLayer(nn.Module):
     def quantized_input(self, x: Tensor) -> Tensor:
         """x on the grid of the input quantizer; one call of the layer."""
         return _apply(self.input_quantizer, x)
-
-
-def in_backward() -> bool:
-    """Whether this runs within a backward pass, as calls that activation checkpointing repeats."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _apply(quantizer: Quantizer | None, x: Tensor) -> Tensor:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.quant.config import Patterns, as_tuple
-from hqod_ops.quant.layers import in_backward
-from hqod_ops.quant.levels import Calls
+from hqod_ops.quant.levels import CountsCalls, in_backward, start_levels
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-class LevelBatchNorm2d(nn.Module):
+class LevelBatchNorm2d(CountsCalls):
     """A batch normalisation for each level that a shared head is called on.
 
     The levels of a feature pyramid differ in their statistics; one batch normalisation for all of
@@ -58,22 +57,14 @@ class LevelBatchNorm2d(nn.Module):
         self.norms = nn.ModuleList(
             nn.BatchNorm2d(num_features, eps, momentum) for _ in range(levels)
         )
-        self._calls, self._count = Calls(), 0
 
     def forward(self, x: Tensor) -> Tensor:
         levels = len(self.norms)
-        if not in_backward():
-            if self._count == levels:
-                self.reset_level()
-            self._count += 1
+        if len(self._calls) == levels and not in_backward():
+            self.reset_level()
         level = self._calls.next_level(x.shape, levels, type(self).__name__)
         output: Tensor = self.norms[level](x)
         return output
-
-    def reset_level(self) -> None:
-        """The next call is that of the first level."""
-        self._calls.clear()
-        self._count = 0
 
 
 def use_level_batch_norm(model: _Model, pattern: Patterns, levels: int) -> _Model:
@@ -112,14 +103,8 @@ def use_level_batch_norm(model: _Model, pattern: Patterns, levels: int) -> _Mode
         if any(fnmatchcase(name, entry) for entry in patterns):
             parent, _, key = name.rpartition(".")
             setattr(model.get_submodule(parent), key, _per_level(norm, levels))
-    model.register_forward_pre_hook(_start_forward)
+    model.register_forward_pre_hook(start_levels)
     return model
-
-
-def _start_forward(model: nn.Module, args: object) -> None:
-    for module in model.modules():
-        if isinstance(module, LevelBatchNorm2d):
-            module.reset_level()
 
 
 def _per_level(norm: nn.Module, levels: int) -> LevelBatchNorm2d:

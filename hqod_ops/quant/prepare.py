@@ -12,7 +12,7 @@ from hqod_ops.quant.batch_norm import fold_batch_norm, freeze_batch_norm
 from hqod_ops.quant.config import FLOAT_BITS, Patterns, QATConfig, changed, get_config
 from hqod_ops.quant.foreach import WeightPool
 from hqod_ops.quant.layers import TWINS, QATLayer
-from hqod_ops.quant.level_norm import LevelBatchNorm2d
+from hqod_ops.quant.levels import CountsCalls
 from hqod_ops.quant.plan import LayerPlan, float_layers, plan_layers
 from hqod_ops.quant.quantizer import Quantizer
 
@@ -122,7 +122,7 @@ def track_calls(model: nn.Module) -> None:
     model.__dict__["_hqod_counting"] = [
         module
         for module in model.modules()
-        if isinstance(module, (Quantizer, LevelBatchNorm2d)) and module not in weights
+        if isinstance(module, CountsCalls) and module not in weights
     ]
 
 

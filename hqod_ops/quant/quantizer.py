@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.functional import fake_quant
-from hqod_ops.quant.levels import Calls
 from hqod_ops.quant.observers import OBSERVERS, Observer, check_bits, code_range
 from hqod_ops.quant.scale_state import Codes, ScaleState
 
@@ -48,9 +47,10 @@ class Quantizer(ScaleState, ABC):
 
     **Levels.** A layer that is called several times in one forward pass of the prepared model, such
     as a head shared by the levels of an FPN, has one scale per call, in the order of calls. The
-    calls are counted from the start of the prepared model's forward pass (:func:`reset_levels`
-    starts the count by hand). When activation checkpointing repeats a call during the backward
-    pass, its level is that of the call whose input had the same shape.
+    calls are counted from the start of the prepared model's forward pass
+    (:func:`hqod_ops.quant.reset_levels` starts the count by hand). When activation checkpointing
+    repeats a call during the backward pass, its level is that of the call whose input had the same
+    shape.
 
     Args:
         bits (int): 2 to 8.
@@ -111,7 +111,6 @@ class Quantizer(ScaleState, ABC):
         self.observer = observer
         self.enabled = True
         self._observers: list[Observer] | None = None
-        self._calls = Calls()
         self._check_observer()
 
     @abstractmethod
@@ -292,10 +291,6 @@ class Quantizer(ScaleState, ABC):
         self._observers = None
         self._calls.clear()
 
-    def reset_level(self) -> None:
-        """The next call is that of the first level."""
-        self._calls.clear()
-
     def extra_repr(self) -> str:
         codes = ", ".join(f"[{low}, {high}]" for low, high in dict.fromkeys(self._ranges))
         return (
@@ -342,17 +337,3 @@ class Quantizer(ScaleState, ABC):
             observers[level].observe(self._observed(x))
         except ValueError as error:
             raise ValueError(f"{self.label}: {error}") from None
-
-
-def reset_levels(model: nn.Module) -> None:
-    """Start a new forward pass: the next call of every shared layer is that of its first level.
-
-    A prepared model does this by itself whenever it is called as a whole. It is needed only before
-    calling parts of it.
-
-    Args:
-        model (nn.Module): a model from :func:`hqod_ops.quant.prepare_qat`, or a part of one.
-    """
-    for module in model.modules():
-        if isinstance(module, Quantizer):
-            module.reset_level()

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hqod_ops.quant.levels import CountsCalls
 from hqod_ops.quant.observers import code_range
 
 UNCALIBRATED = (0, 0)
@@ -15,7 +16,7 @@ Codes = tuple[int, int]
 """The smallest and the largest code."""
 
 
-class ScaleState(nn.Module):
+class ScaleState(CountsCalls):
     """What a quantizer keeps in its state_dict; the base of all quantizers.
 
     Each of ``values`` is a Tensor[1], Tensor[C] with a channel axis, and with L > 1 levels

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.quant.export._extras import require
+from hqod_ops.quant.levels import start_levels
 
 OUTPUTS = ("raw", "boxes")
 
@@ -26,6 +27,7 @@ class _Network(nn.Module):
             setattr(self, name, getattr(model, name))
         self.outputs = outputs
         self.train(model.training)
+        self.register_forward_pre_hook(start_levels)
 
 
 class _Dense(_Network):

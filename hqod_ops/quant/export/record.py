@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 from hqod_ops.quant.export.grid import Array, Grid, read_grid
 from hqod_ops.quant.layers import QATLayer
-from hqod_ops.quant.quantizer import Quantizer, reset_levels
+from hqod_ops.quant.levels import reset_levels
+from hqod_ops.quant.quantizer import Quantizer
 
 
 def quantizers(model: nn.Module) -> tuple[dict[str, Quantizer], dict[str, QATLayer]]:
