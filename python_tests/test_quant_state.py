@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from hqod_ops.quant import (
+    QATConfig,
     calibrate,
     float_state_dict,
     load_float_state_dict,
@@ -45,13 +48,45 @@ def test_a_deepcopy_is_independent_and_equal() -> None:
 
 def test_an_averaged_model_follows() -> None:
     model = calibrated()
-    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    average = AveragedModel(model, use_buffers=True)
     train(model)
     average.update_parameters(model)
     assert torch.equal(average.module.stem.input_quantizer.scale, model.stem.input_quantizer.scale)
     average.eval()
     model.eval()
     assert torch.equal(average(batches()[0]), model(batches()[0]))
+
+
+@pytest.mark.parametrize("average", [get_ema_multi_avg_fn, get_ema_avg_fn])
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99, 0.9998])
+def test_the_checkpoint_of_an_exponential_average_loads(average: Any, decay: float) -> None:
+    name = "multi_avg_fn" if average is get_ema_multi_avg_fn else "avg_fn"
+    for bits in (2, 4, 8):
+        config = QATConfig(bits, bits, edge_bits=bits)
+        model = calibrate(prepare_qat(Net(), config), batches(), progress=False)
+        averaged = AveragedModel(model, use_buffers=True, **{name: average(decay)})
+        for _ in range(30):
+            averaged.update_parameters(model)
+        other = prepare_qat(Net(), config)
+        other.load_state_dict(averaged.module.state_dict())
+        assert other.stem.input_quantizer.codes() == model.stem.input_quantizer.codes()
+        # Whole again, so that averages of averages do not drift.
+        assert torch.equal(
+            other.stem.input_quantizer.code_range, model.stem.input_quantizer.code_range
+        )
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_checkpoints_with_ranges_in_integers_load(assign: bool) -> None:
+    model = calibrated()
+    state = {
+        name: value.to(torch.int32) if name.endswith("code_range") else value
+        for name, value in model.state_dict().items()
+    }
+    other = prepare_qat(Net())
+    other.load_state_dict(state, assign=assign)
+    assert other.stem.input_quantizer.code_range.dtype == torch.float32
+    assert list(summary(other)) == list(summary(model))
 
 
 def test_float_state_goes_in_and_out() -> None:

@@ -69,7 +69,8 @@ class MinMaxSTE(FixedScale):
         self._check_observer()
 
     def effective_zero_point(self, level: int = 0) -> Tensor | None:
-        return None if self.symmetric else self._value("zero_point", level)
+        # Rounded, as fake_quant does: an average of models need not be whole.
+        return None if self.symmetric else self._value("zero_point", level).round()
 
     def arguments(self, level: int = 0) -> dict[str, Any]:
         return {**super().arguments(level), "zero_point": self.effective_zero_point(level)}

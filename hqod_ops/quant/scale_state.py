@@ -21,10 +21,11 @@ class ScaleState(CountsCalls):
 
     Each of ``values`` is a Tensor[1], Tensor[C] with a channel axis, and with L > 1 levels
     Tensor[L] or Tensor[L, C]: a parameter if it is trained, else a buffer. ``code_range`` (buffer,
-    int32 [L, 2]) holds the codes' range of each level; it says that the quantizer is calibrated
-    (else it is 0), which sign was found and how many bits the state is for. It has a mirror in
-    Python, so that a forward pass never reads a value from a device. Loading a state_dict takes
-    over the number of levels, in the same parameter objects.
+    float [L, 2]) holds the codes' range of each level; it says that the quantizer is calibrated
+    (else it is 0), which sign was found and how many bits the state is for. It is a float, and
+    rounded when it is loaded, so that averages of models keep it: those of integers are cut off. It
+    has a mirror in Python, so that a forward pass never reads a value from a device. Loading a
+    state_dict takes over the number of levels, in the same parameter objects.
 
     Args:
         bits (int), signed (bool, optional), ch_axis (int, optional), channels (int),
@@ -50,7 +51,7 @@ class ScaleState(CountsCalls):
         super().__init__()
         self.bits, self.signed, self.ch_axis = bits, signed, ch_axis
         self.label = type(self).__name__
-        self.register_buffer("code_range", torch.zeros(1, 2, device=device, dtype=torch.int32))
+        self.register_buffer("code_range", torch.zeros(1, 2, device=device))
         self._ranges: tuple[Codes, ...] = ()
         for name in self.values:
             value = torch.ones(1 if ch_axis is None else channels, device=device, dtype=dtype)
@@ -102,7 +103,7 @@ class ScaleState(CountsCalls):
         with torch.no_grad():
             for name in self.values:
                 getattr(self, name).copy_(values[name])
-            self.code_range.copy_(torch.tensor(ranges, dtype=torch.int32))
+            self.code_range.copy_(torch.tensor(ranges))
         self._ranges = tuple(ranges)
 
     def _resize(self, shape: Iterable[int], levels: int) -> None:
@@ -129,8 +130,9 @@ class ScaleState(CountsCalls):
         found = [name for name in names if prefix + name in state_dict]
         ranges: tuple[Codes, ...] | None = None
         if len(found) == len(names):
-            table = state_dict[prefix + "code_range"].tolist()
-            ranges = tuple((int(low), int(high)) for low, high in table)
+            table = state_dict[prefix + "code_range"].to(self.code_range.dtype).round()
+            state_dict[prefix + "code_range"] = table
+            ranges = tuple((int(low), int(high)) for low, high in table.tolist())
             problem = self._misfit({n: state_dict[prefix + n] for n in self.values}, ranges)
             if problem:
                 error_msgs.append(f"{prefix[:-1] or self.label}: {problem}")
