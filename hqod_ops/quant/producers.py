@@ -17,11 +17,13 @@ from hqod_ops.quant.prepare import track_calls
 from hqod_ops.quant.quantizer import ACTIVATIONS, Quantizer
 from hqod_ops.quant.sites import (
     Arrived,
+    Attached,
     Slots,
     can_absorb,
     quantize_functions,
     quantize_module,
     restart,
+    verify_attached,
 )
 
 
@@ -105,6 +107,9 @@ def place_on_producers(
     quantizers at their inputs, and the report says so. That the inputs come from where a trace has
     seen them is verified by :func:`calibrate`.
 
+    Replace modules before, not after: the next forward pass of the model would raise an error, if
+    it is not compiled. Only a conversion to ``nn.SyncBatchNorm`` is followed.
+
     Shared heads keep one scale a level; the levels are numbered in the order in which their tensors
     are made.
 
@@ -166,6 +171,8 @@ def place_on_producers(
     )
     _attach(placed, flow)
     track_calls(model)
+    model.__dict__["_hqod_attached"] = Attached(model)
+    model.register_forward_pre_hook(verify_attached)
     model.__dict__["_hqod_placement"] = report
     return report
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hqod_ops.quant.dataflow import functions_named
+from hqod_ops.quant.layers import QATLayer
 from hqod_ops.quant.quantizer import Quantizer
 
 
@@ -55,17 +57,23 @@ class Slots:
         self._next = 0
 
 
+def tag(quantizer: Quantizer, y: Tensor) -> None:
+    """Note on a tensor which quantizer it has passed: see :class:`Arrived`."""
+    y._hqod_quantizer = quantizer  # type: ignore[attr-defined]
+
+
 def mark(quantizer: Quantizer, y: Tensor) -> Tensor:
-    """In calibration, note on a tensor which quantizer it has passed: see :class:`Arrived`."""
+    """y, in calibration with its tag."""
     if observing(quantizer):
-        y._hqod_quantizer = quantizer  # type: ignore[attr-defined]
+        tag(quantizer, y)
     return y
 
 
 class Arrived:
     """What a layer does with an input that was quantized where it was made: nothing.
 
-    In calibration it makes sure that it was, which is all that a trace leaves open.
+    In calibration, as in an export, it makes sure that it was, which is all that a trace leaves
+    open.
 
     Args:
         name (str): of the layer.
@@ -77,16 +85,23 @@ class Arrived:
         self._name, self._quantizer, self._places = name, quantizer, tuple(places)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if (
-            observing(self._quantizer)
-            and getattr(x, "_hqod_quantizer", None) is not self._quantizer
-        ):
+        if observing(self._quantizer):
+            self.verify(x)
+        return x
+
+    def verify(self, x: Tensor) -> None:
+        """Check a tensor's tag.
+
+        Raises:
+            RuntimeError: it has not passed the quantizer.
+        """
+        if getattr(x, "_hqod_quantizer", None) is not self._quantizer:
             raise RuntimeError(
                 f"{self._name}: expected an input from {' or '.join(self._places)}, as when the "
-                "model was traced, but it comes from elsewhere; leave the layer out with "
+                "model was traced, but it comes from elsewhere; replace modules before "
+                "place_on_producers, or leave the layer out with "
                 f"place_on_producers(model, skip={self._name!r})"
             )
-        return x
 
 
 class QATReLU(nn.ReLU):
@@ -163,12 +178,16 @@ def quantize_functions(
     watch = _Watch(owner, slots)
     owner.forward = watch
     for child in children:
-        # Outermost, so that what other hooks of the child do does not count either.
-        if "_hqod_watches" not in child.__dict__:
-            child.__dict__["_hqod_watches"] = []
-            child.register_forward_pre_hook(_pause, prepend=True)
-            child.register_forward_hook(_resume)
-        child.__dict__["_hqod_watches"].append(watch)
+        _pause_within(child, watch)
+
+
+def _pause_within(child: nn.Module, watch: _Watch) -> None:
+    # Outermost, so that what other hooks of the child do does not count either.
+    if "_hqod_watches" not in child.__dict__:
+        child.__dict__["_hqod_watches"] = []
+        child.register_forward_pre_hook(_pause, prepend=True)
+        child.register_forward_hook(_resume)
+    child.__dict__["_hqod_watches"].append(watch)
 
 
 def _pause(child: nn.Module, args: Any) -> None:
@@ -250,3 +269,78 @@ class _Functions(TorchFunctionMode):
         if quantizer.activation == found[0]:
             return mark(quantizer, quantizer(args[0] if args else kwargs["input"]))
         return mark(quantizer, quantizer(func(*args, **kwargs)))
+
+
+_ATTACHED = ("slots", "_hqod_slots", "_hqod_owned", "_hqod_watches", "forward")
+
+
+class Attached:
+    """The modules of a model that something was attached to, and whether they are still there.
+
+    A module that is replaced takes it along: without a check, the layers behind would read floats
+    from then on, and nothing would say so.
+
+    Args:
+        model (nn.Module): the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = {
+            name: module
+            for name, module in model.named_modules()
+            if not module.__dict__.keys().isdisjoint(_ATTACHED)
+        }
+        self._links: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the links, which a copy finds again.
+        return {"_modules": self._modules, "_links": []}
+
+    def verify(self, model: nn.Module) -> None:
+        """Check the model, where anything was replaced since the last time.
+
+        A batch normalisation that was converted to a synchronized one gets what its predecessor
+        had. Modules within a wrapper, as of ``torch.compile``, are still there.
+
+        Raises:
+            RuntimeError: another module was replaced.
+        """
+        if self._links and all(children.get(key) is m for children, key, m in self._links):
+            return
+        there = set(model.modules())
+        for name, module in self._modules.items():
+            found = _submodule(model, name)
+            if module in there or found is None:
+                continue
+            if not isinstance(found, nn.SyncBatchNorm) or "_hqod_owned" in module.__dict__:
+                raise RuntimeError(
+                    f"{name}: expected the {type(module).__name__} that place_on_producers saw, "
+                    f"got another module, {type(found).__name__}, without its quantizers; replace "
+                    "modules before place_on_producers"
+                )
+            if "_hqod_slots" in module.__dict__:
+                quantize_module(found, module.__dict__["_hqod_slots"])
+            for watch in module.__dict__.get("_hqod_watches", ()):
+                _pause_within(found, watch)
+            self._modules[name] = found
+        self._links = [
+            (module._modules, key, child)
+            for module in there
+            if not isinstance(module, QATLayer)
+            for key, child in module._modules.items()
+            if child is not None
+        ]
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def verify_attached(model: nn.Module, args: Any) -> None:
+    """Forward pre-hook of a model whose quantizers were placed; see :class:`Attached`."""
+    # To trace it would take as long as to trace the layers.
+    if not torch.compiler.is_compiling():
+        model.__dict__["_hqod_attached"].verify(model)

@@ -151,7 +151,8 @@ def export_onnx(
         ValueError: the model has no quantized layer, was not calibrated, or has a quantizer that
             ONNX cannot express; the opset is below 18, or there is no such directory.
         TypeError: a parameter or the example is float16, bfloat16 or float64.
-        RuntimeError: torch cannot export the model.
+        RuntimeError: torch cannot export the model, or a module was replaced after
+            :func:`hqod_ops.quant.place_on_producers`, so that a layer reads floats.
         ExportError: the file does not compute what the model does.
 
     Example:

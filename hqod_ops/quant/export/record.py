@@ -14,6 +14,7 @@ from hqod_ops.quant.export.grid import Array, Grid, read_grid
 from hqod_ops.quant.layers import QATLayer
 from hqod_ops.quant.levels import reset_levels
 from hqod_ops.quant.quantizer import Quantizer
+from hqod_ops.quant.sites import Arrived, tag
 
 
 def quantizers(model: nn.Module) -> tuple[dict[str, Quantizer], dict[str, QATLayer]]:
@@ -62,7 +63,11 @@ class Recording:
 
 @torch.no_grad()
 def record(model: nn.Module, example: tuple[Any, ...]) -> Recording:
-    """Run a model and keep what goes into and out of its activation quantizers."""
+    """Run a model and keep what goes into and out of its activation quantizers.
+
+    Raises:
+        RuntimeError: a layer's input has not passed the quantizer that was placed for it.
+    """
     result = Recording()
     calls: dict[str, int] = {}
 
@@ -74,11 +79,19 @@ def record(model: nn.Module, example: tuple[Any, ...]) -> Recording:
             # Copies: layers that work in place may overwrite both.
             result.before[label] = args[0].numpy().copy()
             result.after[label] = output.numpy().copy()
+            tag(quantizer, output)
 
         return hook
 
+    def verify(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        arrived = layer.__dict__.get("quantized_input")
+        if isinstance(arrived, Arrived) and layer.input_quantizer in others.values():
+            arrived.verify(args[0])
+
     others, _ = quantizers(model)
     handles = [q.register_forward_hook(keep(name, q)) for name, q in others.items()]
+    layers = [module for module in model.modules() if isinstance(module, QATLayer)]
+    handles += [layer.register_forward_pre_hook(verify) for layer in layers]
     try:
         reset_levels(model)
         outputs = model(*example)
