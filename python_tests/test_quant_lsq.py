@@ -7,9 +7,17 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hqod_ops.quant import LSQ
+from hqod_ops import fake_quant
+from hqod_ops.quant import (
+    LSQ,
+    QUANTIZERS,
+    QATConfig,
+    calibrate,
+    prepare_qat,
+    quantizer_parameters,
+)
 from hqod_ops.quant.lsq import EPS, SCALE_MODES
 
 X = (-1.2, -0.9, -0.3, 0.1, 0.26, 0.59, 0.7, 1.5)
@@ -79,12 +87,13 @@ def test_every_mode_starts_with_the_scale_it_is_given(mode: str) -> None:
 @pytest.mark.parametrize(
     ("mode", "value", "expected", "slope"),
     [
-        ("abs", -0.4, 0.4, -1.0),
+        ("abs", -0.4, 0.4, -1.0),  # of reading it; a forward pass in training folds, see below
         ("abs", 1e-9, EPS, 0.0),
         ("clamp", -0.4, EPS, 1.0),
         ("clamp", -1e6, EPS, 1.0),
         ("clamp", 0.4, 0.4, 1.0),
         ("softplus", -3.0, math.log1p(math.exp(-3)), 1 / (1 + math.exp(3))),
+        ("softplus", -20.0, EPS, 1 / (1 + math.exp(20))),
         ("raw", -0.4, -0.4, 1.0),
     ],
 )
@@ -110,6 +119,79 @@ def test_a_scale_pushed_below_zero_stays_usable(mode: str) -> None:
         optimizer.step()
         assert q.effective_scale().item() > 0
         assert torch.isfinite(q(x)).all()
+
+
+@pytest.mark.parametrize("name", ["lsq", "lsq_plus", "dsq", "pact"])
+@pytest.mark.parametrize("value", [-0.4, -1e-9, 0.0, 1e-9, 0.3])
+def test_training_writes_the_positive_scale_back_as_the_official_code(
+    name: str, value: float
+) -> None:
+    q = QUANTIZERS[name](4, signed=True)
+    q.set_scale(torch.tensor([0.4, 0.5]), [True, True])
+    parameter = getattr(q, q.values[0])
+    with torch.no_grad():
+        parameter[0] = value
+    x = torch.randn(100)
+    y = [q(x), q(x)]  # the second level in between, as in a shared head
+    q.reset_level()
+    y += [q(x), q(x)]
+    folded = max(abs(value), EPS)
+    assert parameter[0].item() == pytest.approx(folded, rel=1e-6)
+    sum(output.square().sum() for output in y).backward()  # type: ignore[union-attr]
+    other = QUANTIZERS[name](4, signed=True)
+    other.set_scale(torch.tensor([0.4, 0.5]), [True, True])
+    with torch.no_grad():
+        getattr(other, q.values[0])[0] = folded
+    (2 * other(x).square().sum() + 2 * other(x).square().sum()).backward()
+    assert torch.isfinite(parameter.grad).all() and parameter.grad[0] != 0
+    torch.testing.assert_close(parameter.grad, getattr(other, q.values[0]).grad)
+
+
+def test_reading_evaluating_and_exporting_leave_the_parameter_alone() -> None:
+    q, x = quantizer(), torch.randn(2, 3)
+    with torch.no_grad():
+        q.scale.fill_(-0.4)
+    program = torch.export.export(q, (x,))
+    assert torch.equal(q.eval()(x), program.module()(x))
+    assert q.effective_scale().item() == pytest.approx(0.4) and q.scale.item() < 0
+
+
+def test_a_parameter_that_crosses_zero_follows_the_official_code() -> None:
+    """With momentum, whose sign folding does not touch."""
+    torch.manual_seed(0)
+    x = torch.randn(64)
+    q, v = quantizer(0.1, 4), torch.tensor([0.1], requires_grad=True)
+    optimizers = [torch.optim.SGD([p], lr=0.01, momentum=0.9) for p in (q.scale, v)]
+    folded = 0
+    for _ in range(10):
+        with torch.no_grad():
+            folded += int(v.item() < 0)
+            v.abs_().clamp_(min=EPS)
+        pair = q(x), fake_quant(x, v, quant_min=-8, quant_max=7, grad_scale="lsq")
+        for y, optimizer in zip(pair, optimizers, strict=True):
+            optimizer.zero_grad()
+            (50 * y.square().sum()).backward()
+            optimizer.step()
+        assert torch.equal(q.scale, v)
+    assert folded
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_folding_compiled_and_together(foreach: bool) -> None:
+    config = QATConfig(4, 4, edge_bits=4, foreach=foreach)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model = calibrate(prepare_qat(model, config), [torch.randn(8, 4)], progress=False)
+    with torch.no_grad():
+        for scale in quantizer_parameters(model):
+            scale.neg_()
+    twin, x = copy.deepcopy(model), torch.randn(8, 4)
+    torch._dynamo.reset()
+    for run in (model, torch.compile(twin, backend="aot_eager", fullgraph=True)):
+        run(x).square().sum().backward()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a.grad, b.grad)
+    assert all((scale > 0).all() for scale in quantizer_parameters(twin))
 
 
 def test_uncalibrated_use_is_an_error() -> None:

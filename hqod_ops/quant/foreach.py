@@ -11,7 +11,7 @@ from torch import Tensor
 from hqod_ops.functional import fake_quant_foreach
 from hqod_ops.quant.layers import QATLayer
 from hqod_ops.quant.levels import in_backward
-from hqod_ops.quant.linear_scale import positive
+from hqod_ops.quant.linear_scale import fold, folds, positive
 from hqod_ops.quant.lsq import LSQ
 from hqod_ops.quant.quantizer import Quantizer
 
@@ -106,6 +106,8 @@ class _Kind(NamedTuple):
     shifted: bool
     scale_mode: str | None
     """How LSQ's parameters become scales, all in one; None where the scales are at hand."""
+    folds: bool
+    """Whether the scales are LSQ's parameters themselves, which are to be folded first."""
 
 
 class _Entry(NamedTuple):
@@ -121,19 +123,23 @@ class _Entry(NamedTuple):
 def _entry(layer: QATLayer, quantizer: Quantizer) -> tuple[_Kind, _Entry]:
     if type(quantizer) is LSQ:
         x, scale = layer.weight, quantizer.get_parameter("scale")
+        folded = folds(quantizer, quantizer.scale_mode)
+        mode = None if folded else quantizer.scale_mode
         kind = _Kind(
-            x.dtype, x.device, quantizer.ch_axis, quantizer.grad_scale, False, quantizer.scale_mode
+            x.dtype, x.device, quantizer.ch_axis, quantizer.grad_scale, False, mode, folded
         )
         return kind, _Entry(layer, x, scale, None, quantizer.codes())
     x, arguments = quantizer.transform(layer.weight), quantizer.arguments()
     zero_point, axis = arguments.get("zero_point"), arguments["ch_axis"]
     shifted, grad_scale = zero_point is not None, arguments.get("grad_scale")
-    kind = _Kind(x.dtype, x.device, axis, grad_scale, shifted, None)
+    kind = _Kind(x.dtype, x.device, axis, grad_scale, shifted, None, False)
     codes = arguments["quant_min"], arguments["quant_max"]
     return kind, _Entry(layer, x, arguments["scale"], zero_point, codes)
 
 
 def _open_together(kind: _Kind, entries: Sequence[_Entry]) -> None:
+    if kind.folds:
+        fold([entry.scale for entry in entries])
     tensors = [entry.x for entry in entries] + [entry.scale for entry in entries]
     tensors += [entry.zero_point for entry in entries if entry.zero_point is not None]
     used = [[False] for _ in entries]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hqod_ops.quant.quantizer import Quantizer
 from hqod_ops.quant.scale_state import Codes
@@ -34,7 +34,7 @@ def clamp_through(x: Tensor, low: float, high: float | None = None) -> Tensor:
 def positive(value: Tensor, mode: str) -> Tensor:
     """The positive scale that a parameter stands for.
 
-    - ``"abs"``: ``s = max(|v|, eps)``, as in the official code.
+    - ``"abs"``: ``s = max(|v|, eps)``, as in the official code, see :func:`fold`.
     - ``"clamp"``: ``s = max(v, eps)``, with the gradient of s passed to v also below eps, so that a
       scale that has sunk below can rise again.
     - ``"softplus"``: ``s = max(log(1 + exp(v)), eps)``: smooth, but it learns a small scale more
@@ -54,7 +54,35 @@ def positive(value: Tensor, mode: str) -> Tensor:
     if mode == "clamp":
         return clamp_through(value, EPS)
     if mode == "softplus":
-        return torch.nn.functional.softplus(value).clamp(min=EPS)
+        return clamp_through(torch.nn.functional.softplus(value), EPS)
+    return value
+
+
+def fold(values: Sequence[Tensor]) -> None:
+    """Write ``max(|v|, eps)`` back to parameters, as the official code does before it uses them.
+
+    So a step across 0 leaves a small positive scale, not a negative parameter: averages of models
+    do not cross 0, a scale below eps has a gradient, and an optimizer's momentum keeps its sign.
+    What autograd has saved stays valid, for a second call in one forward pass changes nothing:
+    ``data`` does not count as a new version.
+    """
+    with torch.no_grad():
+        data = [value.data for value in values]
+        torch._foreach_abs_(data)
+        torch._foreach_clamp_min_(data, EPS)
+
+
+def folds(quantizer: nn.Module, mode: str) -> bool:
+    """Whether a quantizer's parameters are to be folded: in training; an export changes none."""
+    # The flag itself: torch.compile takes torch.compiler.is_exporting() for true.
+    return mode == "abs" and quantizer.training and not torch.compiler._is_exporting_flag
+
+
+def used(quantizer: nn.Module, value: Tensor, mode: str) -> Tensor:
+    """The positive scale that a forward pass uses: :func:`positive`, in training folded first."""
+    if not folds(quantizer, mode):
+        return positive(value, mode)
+    fold([value])
     return value
 
 
@@ -103,6 +131,9 @@ class LinearScale(Quantizer):
 
     def effective_scale(self, level: int = 0) -> Tensor:
         return positive(self._value("scale", level), self.scale_mode)
+
+    def _used_scale(self, level: int) -> Tensor:
+        return used(self, self._value("scale", level), self.scale_mode)
 
     def _encode(
         self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]

@@ -15,7 +15,9 @@ class LSQ(LinearScale):
 
     How s is kept positive, from the parameter v (``scale``):
 
-    - ``"abs"``: ``s = max(|v|, eps)``, as in the official code.
+    - ``"abs"``: ``s = max(|v|, eps)``, in training written back to v before it is used, as in the
+      official code: a step across 0 leaves a small positive v, whose gradient is that of s. Where
+      parameters are sharded (FSDP), so that what is written to them is lost, take another mode.
     - ``"clamp"``: ``s = max(v, eps)``, with the gradient of s passed to v also below eps, so that a
       scale that has sunk below can rise again.
     - ``"softplus"``: ``s = max(log(1 + exp(v)), eps)``: smooth, but it learns a small scale more

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqod_ops.quant.linear_scale import check_scale_mode, inverse_positive, positive
+from hqod_ops.quant.linear_scale import check_scale_mode, inverse_positive, positive, used
 from hqod_ops.quant.quantizer import Quantizer
 from hqod_ops.quant.scale_state import Codes, per_level
 
@@ -79,13 +79,19 @@ class PACT(Quantizer):
     def effective_scale(self, level: int = 0) -> Tensor:
         return positive(self._value("alpha", level), self.scale_mode) / self.codes(level)[1]
 
+    def _used_scale(self, level: int) -> Tensor:
+        return self._used_alpha(level) / self.codes(level)[1]
+
+    def _used_alpha(self, level: int) -> Tensor:
+        return used(self, self._value("alpha", level), self.scale_mode)
+
     def arguments(self, level: int = 0) -> dict[str, Any]:
         arguments = super().arguments(level)
         # What is rounded lies within the range; alpha has its gradient from the clipping alone.
         return {**arguments, "scale": arguments["scale"].detach()}
 
     def transform(self, x: Tensor, level: int = 0) -> Tensor:
-        alpha = positive(self._value("alpha", level), self.scale_mode)
+        alpha = self._used_alpha(level)
         wide = x.to(torch.promote_types(x.dtype, alpha.dtype))
         if self.codes(level)[0] < 0:
             clipped = torch.where(wide <= -alpha, -alpha, wide)

@@ -117,6 +117,10 @@ class Quantizer(ScaleState, ABC):
     def effective_scale(self, level: int = 0) -> Tensor:
         """The positive scale (Tensor[1] or Tensor[C]) that a level quantizes with."""
 
+    def _used_scale(self, level: int) -> Tensor:
+        """:meth:`effective_scale` for a forward pass, which may first correct the state."""
+        return self.effective_scale(level)
+
     def effective_zero_point(self, level: int = 0) -> Tensor | None:
         """The whole zero point, in the shape of the scale; None if symmetric."""
         return None
@@ -142,7 +146,7 @@ class Quantizer(ScaleState, ABC):
         """
         quant_min, quant_max = self.codes(level)
         arguments = {
-            "scale": self.effective_scale(level),
+            "scale": self._used_scale(level),
             "quant_min": quant_min,
             "quant_max": quant_max,
             "ch_axis": self.ch_axis,
