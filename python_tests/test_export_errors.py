@@ -177,3 +177,9 @@ def test_detection_network_of_something_else() -> None:
         detection_network(nn.Sequential())
     with pytest.raises(ValueError, match="outputs: expected one of raw, boxes, got 'masks'"):
         detection_network(nn.Sequential(), "masks")
+
+
+def test_official_ties_are_named(tmp_path: Path) -> None:
+    quantizers = {"act_quantizer": "tqt_frozen", "act_options": {"official_ties": True}}
+    with pytest.raises(ValueError, match=r"0\.input_quantizer: .*cannot express official_ties"):
+        export_onnx(calibrated(**quantizers), EXAMPLE, tmp_path / "m.onnx")

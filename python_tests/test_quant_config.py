@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from hqod_ops.quant import PRESETS, QATConfig, QATLayer, Rule, calibrate, prepare_qat, summary
+from hqod_ops.quant import LSQ, PRESETS, QATConfig, QATLayer, Rule, calibrate, prepare_qat, summary
 from hqod_ops.quant.plan import plan_qat
 from hqod_ops.quant.quantizers import QUANTIZERS
 from hqod_ops.quant.toml import from_toml, load_config, save_config, to_toml
@@ -93,6 +94,46 @@ def test_first_scales_that_go_with_a_quantizer() -> None:
 def test_what_does_not_fit(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         QATConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: QATConfig(4.5, 4), r"weight_bits: expected an int, got 4\.5"),
+        (lambda: QATConfig(32.0, 4), r"weight_bits: expected an int, got 32\.0"),
+        (lambda: QATConfig(4, "4"), r"act_bits: expected an int, got '4'"),
+        (lambda: QATConfig(edge_bits=8.0), r"edge_bits: expected an int, got 8\.0"),
+        (
+            lambda: QATConfig(overrides=["a"]),
+            r"overrides: expected a sequence of Rule, got \['a'\]",
+        ),
+        (
+            lambda: QATConfig(overrides=Rule("a")),
+            r"overrides: expected a sequence of Rule, got Rule",
+        ),
+        (lambda: Rule(("a", "b")), r"pattern: expected one name or glob, got \('a', 'b'\)"),
+        (lambda: LSQ(4.0), r"bits: expected an int, got 4\.0"),
+        (lambda: LSQ("4"), r"bits: expected an int, got '4'"),
+        (lambda: LSQ(4).set_scale(0.1, True), r"LSQ: scale: expected a Tensor, got 0\.1"),
+    ],
+)
+def test_arguments_of_a_wrong_type(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(TypeError, match=words):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("scale", "signed", "words"),
+    [
+        (torch.ones(2), True, r"shape \(3,\), got \(2,\)"),
+        (torch.ones(3), [True, False], r"one scale a level, got 3 scales for 2"),
+        (torch.ones(2), [True, False], r"shape \(2, 3\), got \(2,\)"),
+        (torch.tensor(1.0), True, r"shape \(3,\), got \(\)"),
+    ],
+)
+def test_scales_of_a_wrong_shape(scale: torch.Tensor, signed: bool, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        LSQ(4, ch_axis=1, channels=3).set_scale(scale, signed)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from hqod_ops.quant._choice import check_quantizer, default_init
-from hqod_ops.quant._table import bits_text, text_table
+from hqod_ops.quant._table import text_table
 from hqod_ops.quant.layers import TWINS
 from hqod_ops.quant.lsq import SCALE_MODES
-from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS
+from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS, as_int
 from hqod_ops.quant.quantizers import QUANTIZERS
 
 FLOAT_BITS = 32
@@ -29,7 +29,9 @@ TYPE_NAMES = {kind.__name__: kind for kind in TWINS}
 
 
 def _check_bits(name: str, bits: int | None) -> None:
-    if bits is not None and bits != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
+    if bits is None:
+        return
+    if as_int(name, bits) != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(
             f"{name}: expected a value in [{MIN_BITS}, {MAX_BITS}], or {FLOAT_BITS} for not "
             f"quantized, got {bits}"
@@ -79,6 +81,7 @@ class Rule:
 
     Raises:
         ValueError: neither pattern nor type, bits outside 2..8, an unknown choice.
+        TypeError: pattern is not a str, or bits not an int.
 
     Example:
         >>> from hqod_ops.quant import Rule
@@ -103,6 +106,11 @@ class Rule:
     def __post_init__(self) -> None:
         if self.pattern is None and self.type is None:
             raise ValueError("Rule: expected a pattern, a type or both, got neither")
+        if not isinstance(self.pattern, str | None):
+            raise TypeError(
+                f"pattern: expected one name or glob, got {self.pattern!r}; for several, several "
+                "rules"
+            )
         _check_choice("type", self.type, TYPE_NAMES)
         _check_settings(self)
 
@@ -126,7 +134,8 @@ class QATConfig:
         weight_bits (int), act_bits (int): bits of weights and of layer inputs, 2 to 8, or 32 for
             not quantized. Default: 4, 4
         edge_bits (int): bits of the first convolution (and so of the image) and of the prediction
-            layers. Default: 8
+            layers; where weights or inputs are not quantized elsewhere, theirs are not either.
+            Default: 8
         first (str or sequence of str, optional), prediction (str or sequence of str, optional):
             names or globs of these layers; ``()`` for none. Default: None, ask the model (see
             :func:`hqod_ops.quant.prepare_qat`)
@@ -153,6 +162,7 @@ class QATConfig:
     Raises:
         ValueError: bits outside 2..8, an unknown choice, a quantizer that does not fit its role,
             per-channel scales, or its options.
+        TypeError: bits are not an int, or overrides is not a sequence of Rule.
 
     Source: the placement and presets of the HQOD code (arXiv:2408.02561).
 
@@ -200,15 +210,22 @@ class QATConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, as_tuple(value))
+        if isinstance(self.overrides, Rule) or not all(isinstance(r, Rule) for r in self.overrides):
+            raise TypeError(f"overrides: expected a sequence of Rule, got {self.overrides!r}")
         object.__setattr__(self, "overrides", tuple(self.overrides))
+
+    def edge(self, kind: str) -> int:
+        """Bits of the edge layers' weights (``"weight"``) or inputs (``"act"``)."""
+        bits: int = getattr(self, f"{kind}_bits")
+        return bits if bits == FLOAT_BITS else self.edge_bits
 
     def __str__(self) -> str:
         rows = [["all", *(_describe(self, kind) for kind in ("weight", "act"))]]
-        edge = f"{bits_text(self.edge_bits)} bits"
+        edge = [_bits(self.edge(kind)) for kind in ("weight", "act")]
         for name in ("first", "prediction"):
             patterns = getattr(self, name)
             if patterns != ():
-                rows.append([name if patterns is None else " ".join(patterns), edge, edge])
+                rows.append([name if patterns is None else " ".join(patterns), *edge])
         for rule in self.overrides:
             where = " ".join(part for part in (rule.pattern, rule.type) if part is not None)
             cells = [_describe(rule, kind) for kind in ("weight", "act")]
@@ -220,17 +237,21 @@ class QATConfig:
         )
 
 
+def _bits(bits: int) -> str:
+    return "float" if bits == FLOAT_BITS else f"{bits} bits"
+
+
 def _describe(settings: Rule | QATConfig, kind: str) -> str:
     """The settings of weights or inputs in words; what a rule leaves alone is left out."""
     bits = getattr(settings, f"{kind}_bits")
     if bits == FLOAT_BITS:
-        return "float"
+        return _bits(bits)
     init = getattr(settings, f"{kind}_init")
     if init is None and isinstance(settings, QATConfig):
         init = default_init(kind, getattr(settings, f"{kind}_quantizer"))
     options = getattr(settings, f"{kind}_options") or {}
     words = [
-        None if bits is None else f"{bits} bits",
+        None if bits is None else _bits(bits),
         getattr(settings, f"{kind}_quantizer"),
         None if init is None else f"init {init}",
         *(f"{name} {value}" for name, value in options.items()),

@@ -49,7 +49,7 @@ def edge_patterns(
     Raises:
         ValueError: the edge layers are not known.
     """
-    if config.edge_bits == config.weight_bits == config.act_bits:
+    if (config.edge("weight"), config.edge("act")) == (config.weight_bits, config.act_bits):
         known: dict[str, tuple[str, ...]] = {edge: () for edge in EDGES}
     else:
         known = known_edges(model, list(layers))

@@ -151,7 +151,7 @@ def plan_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: QATCo
             raise ValueError(no_such_layer(argument, pattern, layers))
     rules = [
         *(
-            Rule(pattern, weight_bits=config.edge_bits, act_bits=config.edge_bits)
+            Rule(pattern, weight_bits=config.edge("weight"), act_bits=config.edge("act"))
             for _, pattern in edges
         ),
         *config.overrides,
@@ -211,7 +211,10 @@ def float_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     Raises:
         ValueError: the model is prepared already.
+        TypeError: it is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     layers: dict[str, nn.Module] = {}
     odd: list[str] = []
     for name, module in model.named_modules():

@@ -72,7 +72,7 @@ def prepare_qat(
             not known, a quantizer that does not fit its role, its scheme or its options, folding
             without an example, or a model that is already prepared or has no layer to quantize. The
             model is then as it was.
-        TypeError: config is neither a QATConfig nor a str.
+        TypeError: config is neither a QATConfig nor a str, or model is no module.
 
     Source: the placement of quantizers of the HQOD code (arXiv:2408.02561).
 

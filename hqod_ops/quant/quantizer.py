@@ -48,9 +48,10 @@ class Quantizer(ScaleState, ABC):
     **Levels.** A layer that is called several times in one forward pass of the prepared model, such
     as a head shared by the levels of an FPN, has one scale per call, in the order of calls. The
     calls are counted from the start of the prepared model's forward pass
-    (:func:`hqod_ops.quant.reset_levels` starts the count by hand). When activation checkpointing
-    repeats a call during the backward pass, its level is that of the call whose input had the same
-    shape.
+    (:func:`hqod_ops.quant.reset_levels` starts the count by hand). A pass that leaves levels out
+    must leave out the last ones, as which level an input belongs to is known by its place alone.
+    When activation checkpointing repeats a call during the backward pass, its level is that of the
+    call whose input had the same shape.
 
     Args:
         bits (int): 2 to 8.
@@ -65,6 +66,7 @@ class Quantizer(ScaleState, ABC):
     Raises:
         ValueError: bits is outside 2..8, the observer is unknown or finds no zero point where one
             is wanted, or a channel axis where the quantizer has one scale for all.
+        TypeError: bits is not an int.
     """
 
     roles: ClassVar[frozenset[str]] = frozenset({"weight", "input"})
@@ -201,7 +203,10 @@ class Quantizer(ScaleState, ABC):
         Raises:
             ValueError: numbers of scales and signs differ, a scale is not positive, a shape is
                 wrong, or a zero point is given to a symmetric quantizer or is not a code.
+            TypeError: scale is not a Tensor.
         """
+        if not isinstance(scale, Tensor):
+            raise TypeError(f"{self.label}: scale: expected a Tensor, got {scale!r}")
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             raise ValueError(
                 f"{self.label}: expected positive, finite scales, got {scale.tolist()}"
@@ -211,6 +216,11 @@ class Quantizer(ScaleState, ABC):
             raise ValueError(
                 f"{self.label}: expected one scale a level, got {len(scale)} scales "
                 f"for {len(signs)} levels"
+            )
+        if tuple(scale.shape) != self._shape(len(signs)):
+            raise ValueError(
+                f"{self.label}: expected scales of shape {self._shape(len(signs))}, "
+                f"got {tuple(scale.shape)}"
             )
         ranges = [code_range(self.bits, sign) for sign in signs]
         self._check_zero_point(zero_point, scale, ranges)

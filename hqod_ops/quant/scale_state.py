@@ -162,14 +162,17 @@ class ScaleState(CountsCalls):
                     f"code_range: expected {expected} ({self.bits} bits), got {list(codes)}; "
                     "was the checkpoint made with another configuration?"
                 )
-        own: Tensor = getattr(self, self.values[0])
-        channels = () if self.ch_axis is None else tuple(own.shape[-1:])
-        levels = len(ranges)
-        expected_shape = (levels, *channels) if levels > 1 or not channels else channels
+        expected_shape = self._shape(len(ranges))
         for name, value in values.items():
             if tuple(value.shape) != expected_shape:
                 return f"{name}: expected shape {expected_shape}, got {tuple(value.shape)}"
         return None
+
+    def _shape(self, levels: int) -> tuple[int, ...]:
+        """The shape of a value of so many levels."""
+        own: Tensor = getattr(self, self.values[0])
+        channels = () if self.ch_axis is None else tuple(own.shape[-1:])
+        return (levels, *channels) if levels > 1 or not channels else channels
 
 
 def per_level(numbers: Sequence[float], like: Tensor) -> Tensor:

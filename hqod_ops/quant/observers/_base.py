@@ -14,15 +14,29 @@ from torch import Tensor
 MIN_BITS, MAX_BITS = 2, 8
 
 
+def as_int(name: str, value: int) -> int:
+    """An argument that must be an int.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an int, got {value!r}") from None
+
+
 def check_bits(name: str, bits: int) -> int:
     """A number of bits that the quantizers support.
 
     Raises:
         ValueError: bits is outside 2..8.
+        TypeError: bits is not an int.
     """
-    if not MIN_BITS <= operator.index(bits) <= MAX_BITS:
+    bits = as_int(name, bits)
+    if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"{name}: expected a value in [{MIN_BITS}, {MAX_BITS}], got {bits}")
-    return operator.index(bits)
+    return bits
 
 
 def code_range(bits: int, signed: bool) -> tuple[int, int]:
