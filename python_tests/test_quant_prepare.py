@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -245,27 +245,6 @@ def test_calibrate_puts_modes_back_and_leaves_no_trace() -> None:
     assert list(summary(model)) == list(again)
 
 
-def test_calibrate_with_some_of_the_batches() -> None:
-    """No batch more than asked for is drawn from a loader."""
-    drawn = []
-
-    def loader() -> Iterator[Tensor]:
-        for size in (1.0, 2.0, 100.0):
-            drawn.append(size)
-            yield torch.full((1, 3, 4, 4), size)
-
-    def scale(*arguments: Any) -> Tensor:
-        model = prepare_qat(nn.Sequential(nn.Conv2d(3, 2, 1)), "w8a8")
-        return calibrate(model, *arguments, progress=False)[0].input_quantizer.effective_scale()
-
-    some = scale(loader(), 2)
-    assert drawn == [1.0, 2.0]
-    assert torch.equal(some, scale([torch.full((1, 3, 4, 4), size) for size in (1.0, 2.0)]))
-    assert torch.equal(some, scale([*loader()][:2], 9))
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
-        scale([], 0)
-
-
 def test_calibrate_without_data() -> None:
     model = prepare_qat(Net())
     with pytest.raises(ValueError, match="batches: expected at least one batch"):
@@ -288,9 +267,64 @@ def _pooled_twin(model: Net, x: Tensor) -> Tensor:
     return model.up(model.body(model.stem(x))).mean(dim=(2, 3))
 
 
-def test_weights_alone_need_no_data() -> None:
-    model = calibrate(prepare_qat(Net(), QATConfig(8, 32, first=(), prediction=())), [])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_alone_need_no_data(bits: int) -> None:
+    """Nor do the edge layers quantize inputs then; with other bits they are asked for."""
+    edges = {} if bits == 8 else {"first": "stem", "prediction": "head.*"}
+    config = QATConfig(bits, 32, **edges)
+    model = calibrate(prepare_qat(Net(), config), [])
     assert model(batches()[0]).shape == (2, 6)
+    rows = {row.name: row for row in summary(model)}
+    assert rows["stem"].weight_bits == 8 and {row.act_bits for row in rows.values()} == {32}
+    assert bits == 8 or str(config).splitlines()[3].split("  ", 1)[1].split() == [
+        "8",
+        "bits",
+        "float",
+    ]
+
+
+def test_inputs_alone() -> None:
+    config = QATConfig(32, 4, first="stem", prediction="head.*")
+    rows = {row.name: row for row in summary(prepare_qat(Net(), config))}
+    assert (rows["stem"].act_bits, rows["up"].act_bits) == (8, 4)
+    assert {row.weight_bits for row in rows.values()} == {32}
+
+
+def test_calibrate_some_steps() -> None:
+    seen: list[Tensor] = []
+
+    def forward(model: nn.Module, batch: Tensor) -> None:
+        seen.append(batch)
+        model(batch)
+
+    model, given = prepare_qat(Net()), (batches()[0] for _ in range(5))
+    for progress in (True, False):
+        calibrate(model, given, 2, forward=forward, progress=progress)
+    assert len(seen) == 4 and len(list(given)) == 1
+    calibrate(model, batches(), steps=100, forward=forward)
+    assert len(seen) == 4 + len(batches())
+    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
+        calibrate(model, batches(), steps=0)
+
+
+def test_a_batch_that_the_model_does_not_take_names_forward() -> None:
+    model = prepare_qat(Net())
+    with pytest.raises(TypeError, match=r"batch: Net does not take a dict .*give forward="):
+        calibrate(model, [{"image": batches()[0]}], progress=False)
+    calibrate(model, [{"image": batches()[0]}], forward=lambda m, b: m(b["image"]), progress=False)
+
+
+def test_calibrating_a_compiled_model_compiles_nothing() -> None:
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model = torch.compile(prepare_qat(Net()), backend=counter)
+    calibrate(model, batches(), progress=False)
+    assert counter.frame_count == 0 and all(row.act_scales for row in summary(model))
+
+
+def test_something_else_than_a_model() -> None:
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got list"):
+        prepare_qat([1, 2])  # type: ignore[type-var]
 
 
 def test_data_that_is_all_zero_gives_a_usable_scale_and_a_warning() -> None:

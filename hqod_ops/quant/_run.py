@@ -28,8 +28,22 @@ def call(model: _Model, batch: Any, forward: Callable[[_Model, Any], object] | N
 
     These are the batch as it is, of a tuple or list the first entry, a list of images
     (Tensor[C, H, W]) as a whole.
+
+    Raises:
+        TypeError: there is no forward, and the model does not take inputs of another kind.
     """
-    return model(_inputs(batch)) if forward is None else forward(model, batch)
+    if forward is not None:
+        return forward(model, batch)
+    inputs = _inputs(batch)
+    try:
+        return model(inputs)
+    except (AttributeError, KeyError, TypeError) as error:
+        if isinstance(inputs, (Tensor, list)):
+            raise
+        raise TypeError(
+            f"batch: {type(model).__name__} does not take a {type(inputs).__name__} ({error}); "
+            "give forward=, which runs the model on a batch"
+        ) from error
 
 
 def _inputs(batch: Any) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
+from operator import length_hint
 from typing import Any, TypeVar
 
 import torch
@@ -44,11 +44,14 @@ def calibrate(
     is wrapped: what was seen is put together, and all processes get the same scales, to the bit
     (those of the weights are the first process's).
 
+    An average of the model, such as ``torch.optim.swa_utils.AveragedModel``, is to be made after
+    it: the number of scales changes here. A compiled model runs uncompiled.
+
     Args:
         model (nn.Module): a model from :func:`prepare_qat`.
         batches (iterable): of batches. Without a ``forward``, each is passed to the model as it is,
             of a tuple or list the first entry, a list of images (Tensor[C, H, W]) as a whole.
-        steps (int, optional): of how many batches at the most. Default: None, all
+        steps (int, optional): so many batches at most. Default: None, all
         forward (callable, optional): ``forward(model, batch)`` runs one batch. Default: None
         progress (bool): show a bar, if rich is installed. Default: True
         distributed (bool): exchange what was seen where ``torch.distributed`` is initialised; False
@@ -59,9 +62,10 @@ def calibrate(
         nn.Module: the same object, in the training or eval mode it had.
 
     Raises:
-        ValueError: steps is below 1; the model is not prepared, or wrapped in
-            ``DistributedDataParallel``; there was no batch, a layer was never reached (naming it),
-            or its input held NaN. The scales are then as they were.
+        ValueError: the model is not prepared, or wrapped in ``DistributedDataParallel``; there was
+            no batch, a layer was never reached (naming it), its input held NaN, or steps is less
+            than 1. The scales are then as they were.
+        TypeError: the model does not take a batch as it is, a dict for one, and forward is missing.
         RuntimeError: calibration failed in another process.
 
     Example:
@@ -73,23 +77,24 @@ def calibrate(
         >>> model[0].input_quantizer.codes()
         (0, 255)
     """
-    if steps is not None:
-        if steps < 1:
-            raise ValueError(f"steps: expected at least 1, got {steps}")
-        batches = _First(batches, steps)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "model: expected a model that is not wrapped in DistributedDataParallel yet: "
             "calibration changes the number of scales"
         )
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
     layers = [module for module in model.modules() if isinstance(module, QATLayer)]
     weights = {m.weight_quantizer: m.weight for m in layers if m.weight_quantizer is not None}
     inputs = [q for q in model.modules() if isinstance(q, Quantizer) and q not in weights]
     if not weights and not inputs:
         raise ValueError("model: expected a model from prepare_qat, it has no quantizer")
 
-    with evaluating(model), _observing(weights, inputs):
-        seen = _look(model, weights, inputs, batches, forward, progress)
+    # Compiled code would be compiled for this alone, and break at the observers.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, evaluating(model), _observing(weights, inputs):
+        some = _progress(batches, steps) if progress else islice(batches, steps)
+        seen = _look(model, weights, inputs, some, forward)
         everyone = gather(seen, group) if distributed else [seen]
         _raise_failures(seen, everyone, bool(inputs))
         _merge(inputs, everyone)
@@ -139,14 +144,13 @@ def _look(
     inputs: list[Quantizer],
     batches: Iterable[Any],
     forward: Callable[[_Model, Any], object] | None,
-    progress: bool,
 ) -> _Seen:
     """The statistics of this process. An error is kept: the other processes wait for an answer."""
     seen = _Seen()
     try:
         seen.weights = [_weight_scale(q, weight) for q, weight in weights.items()]
         if inputs:
-            for batch in _progress(batches) if progress else batches:
+            for batch in batches:
                 reset_levels(model)
                 call(model, batch, forward)
                 seen.batches += 1
@@ -196,25 +200,18 @@ def _input_scale(quantizer: Quantizer) -> Observed:
     return observed
 
 
-class _First:
-    """The first batches, and how many they are where that is known."""
-
-    def __init__(self, batches: Iterable[Any], steps: int) -> None:
-        self._batches, self._steps = batches, steps
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(iter(self._batches), self._steps)
-
-    def __length_hint__(self) -> int:
-        return min(self._steps, operator.length_hint(self._batches, self._steps))
-
-
-def _progress(batches: Iterable[Any]) -> Iterable[Any]:
+def _progress(batches: Iterable[Any], steps: int | None) -> Iterable[Any]:
     try:
         from rich.console import Console
         from rich.progress import track
     except ImportError:
-        return batches
+        return islice(batches, steps)
+    known = [count for count in (length_hint(batches, 0), steps or 0) if count]
     return track(
-        batches, "calibrate", console=Console(stderr=True), transient=True, show_speed=False
+        islice(batches, steps),
+        "calibrate",
+        total=min(known, default=None),
+        console=Console(stderr=True),
+        transient=True,
+        show_speed=False,
     )
