@@ -96,22 +96,30 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     from hqod_ops.detection.config import ConfigError
     from hqod_ops.detection.train import load_detector, open_data
-    from hqod_ops.quant import ExportError, detection_network, export_onnx
+    from hqod_ops.quant import NMS, detection_network, export_onnx
 
+    if arguments.nms and arguments.outputs == "raw":
+        raise ConfigError("--nms: expected --outputs boxes, got raw")
     model, config, _ = load_detector(arguments.checkpoint)
     if config.quant.bits == 0:
         raise ConfigError(f"{arguments.checkpoint}: expected a quantized run, got one in float")
     image, _ = open_data(config.data)[0]
+    test, nms = config.test, None
+    if arguments.nms:
+        nms = NMS(test.score_threshold, test.nms_iou, test.max_detections)
+    outputs = arguments.outputs or ("boxes" if nms else "raw")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         report = export_onnx(
-            detection_network(model.eval()),
+            detection_network(model.eval(), outputs),
             image[None],
             arguments.out,
+            opset=arguments.opset,
+            nms=nms,
             unsigned_weights=arguments.unsigned_weights,
         )
         print(report)
-    except ExportError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{arguments.checkpoint}: {error}") from None
     return 0
 
@@ -211,6 +219,13 @@ def _parser() -> argparse.ArgumentParser:
     export = command("export", _export, "Write the network of a quantized run as ONNX.")
     export.add_argument("checkpoint", type=Path, help="checkpoint, or directory of a run")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .onnx file")
+    export.add_argument(
+        "--outputs", choices=("raw", "boxes"), help="predictions, or decoded boxes and scores"
+    )
+    export.add_argument(
+        "--nms", action="store_true", help="boxes after suppression, by the thresholds of the run"
+    )
+    export.add_argument("--opset", type=_positive, metavar="N", help="highest opset to be used")
     export.add_argument(
         "--unsigned-weights",
         action="store_true",

@@ -195,6 +195,15 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "out" / "w4.onnx"
     assert main(["export", str(tmp_path / "w4"), "--out", str(file)]) == 0
     assert str(file) in capsys.readouterr().out and file.stat().st_size > 0
+    import onnx
+
+    assert main(["export", str(tmp_path / "w4"), "--out", str(file), "--nms", "--opset=18"]) == 0
+    assert "opset 18" in capsys.readouterr().out
+    assert onnx.load(file).graph.output[0].name == "detected_boxes"
+    for option, message in (("--opset=17", "opset: expected at least 18"), ("--nms", "--nms: ex")):
+        command = ["export", str(tmp_path / "w4"), "--out", str(file), "--outputs=raw", option]
+        assert main(command) == BAD_INPUT
+        assert message in _one_line(capsys)
     assert main(["export", str(tmp_path / "fp32"), "--out", str(file)]) == BAD_INPUT
     assert "expected a quantized run, got one in float" in _one_line(capsys)
 
