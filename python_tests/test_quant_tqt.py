@@ -113,8 +113,8 @@ def official(x: torch.Tensor, scale: float, bits: int, ties: str) -> torch.Tenso
 def test_frozen_is_the_official_code(bits: int, axis: int | None) -> None:
     halves = torch.arange(-600, 600).reshape(-1, 2) * 0.125
     for ties in ("weights", "inputs"):
-        q = TQTFrozen(bits, official_ties=ties == "inputs", ch_axis=axis)
         channels = 1 if axis is None else halves.shape[axis]
+        q = TQTFrozen(bits, official_ties=ties == "inputs", ch_axis=axis, channels=channels)
         q.set_scale(torch.full((channels,), 0.2), True)
         x = halves.clone().requires_grad_()
         y = q(x)
