@@ -28,16 +28,17 @@ class Split(nn.Module):
         return self.last(y) * self.other(y)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_conversion_to_synchronized_norms_is_followed(compiled: bool) -> None:
+@pytest.mark.parametrize("compiled", ["", "at once", "afterwards"])
+def test_a_conversion_to_synchronized_norms_is_followed(compiled: str) -> None:
     model, report = made(Split())
     assert [entry.producers for entry in report.placed] == [("norm",), ("Split:add",)]
     expected = model.eval()(images())
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     if compiled:
-        converted(images())
         torch._dynamo.reset()
-        run = torch.compile(converted, backend="aot_eager", fullgraph=True)
+        if compiled == "afterwards":
+            converted(images())
+        run = torch.compile(converted, backend="aot_eager", fullgraph=compiled == "afterwards")
         torch.testing.assert_close(run(images()), expected)
     assert torch.equal(converted(images()), expected)
     assert torch.equal(copy.deepcopy(converted)(images()), expected)
@@ -51,9 +52,10 @@ def test_another_module_is_an_error(name: str, module: nn.Module) -> None:
     model, _ = made()
     parent, _, key = name.rpartition(".")
     setattr(model.get_submodule(parent), key, module)
-    for _ in range(2):
+    torch._dynamo.reset()
+    for run in (model, model, torch.compile(model, backend="eager")):
         with pytest.raises(RuntimeError, match=f"{name}.*replace modules before place_on_prod"):
-            model(images())
+            run(images())
 
 
 def test_a_wrapped_module_is_still_there() -> None:

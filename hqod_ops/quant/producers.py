@@ -107,8 +107,8 @@ def place_on_producers(
     quantizers at their inputs, and the report says so. That the inputs come from where a trace has
     seen them is verified by :func:`calibrate`.
 
-    Replace modules before, not after: the next forward pass of the model would raise an error, if
-    it is not compiled. Only a conversion to ``nn.SyncBatchNorm`` is followed.
+    Replace modules before, not after: the next forward pass of the model would raise an error. Only
+    a conversion to ``nn.SyncBatchNorm`` is followed.
 
     Shared heads keep one scale a level; the levels are numbered in the order in which their tensors
     are made.

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -341,6 +340,4 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
 
 def verify_attached(model: nn.Module, args: Any) -> None:
     """Forward pre-hook of a model whose quantizers were placed; see :class:`Attached`."""
-    # To trace it would take as long as to trace the layers.
-    if not torch.compiler.is_compiling():
-        model.__dict__["_hqod_attached"].verify(model)
+    model.__dict__["_hqod_attached"].verify(model)
