@@ -113,6 +113,7 @@ def activation(value: str | None) -> None:
 
 def channel_axis(x: Tensor, ch_axis: int) -> int:
     """ch_axis counted from the front."""
+    ch_axis = integer("ch_axis", ch_axis)
     if not -x.dim() <= ch_axis < x.dim():
         raise IndexError(
             f"ch_axis: expected a value in [{-x.dim()}, {x.dim() - 1}] "
@@ -131,13 +132,41 @@ def integer(name: str, value: object) -> int:
         ) from None
 
 
+def number(name: str, value: object) -> None:
+    """An option that is a number: it has no gradient, so it cannot be learned."""
+    if isinstance(value, (float, int)):
+        return
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name}: expected a number, got a tensor that requires grad, which would get none; "
+            "multiply the loss by it instead"
+        )
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name}: expected a number, got the {type(value).__name__} {value!r}")
+
+
+def flag(name: str, value: object) -> None:
+    if value is not True and value is not False:
+        raise TypeError(f"{name}: expected a bool, got the {type(value).__name__} {value!r}")
+
+
+def grad_scale(value: float | str | None) -> None:
+    if isinstance(value, str):
+        if value != "lsq":
+            raise ValueError(f'Invalid grad_scale {value!r}: expected a float, "lsq" or None')
+    elif value is not None:
+        number("grad_scale", value)
+
+
 def average(avg_factor: float | Tensor | None, reduction: str) -> None:
     """What a mean divides by: one value, and only for a mean."""
     if avg_factor is None:
         return
     if reduction != "mean":
         raise ValueError(f'avg_factor: expected reduction="mean" with it, got {reduction!r}')
-    if isinstance(avg_factor, Tensor) and avg_factor.dim() != 0:
+    if not isinstance(avg_factor, Tensor):
+        number("avg_factor", avg_factor)
+    elif avg_factor.dim() != 0:
         raise ValueError(
             f"avg_factor: expected a float or a tensor of shape (), "
             f"got one of shape {tuple(avg_factor.shape)}"

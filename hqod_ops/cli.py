@@ -139,9 +139,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from hqod_ops.detection.report import write_report
+    from hqod_ops.detection.report import draw_report, write_report
 
     print(write_report(arguments.run, arguments.output))
+    if arguments.output is not None:
+        draw_report(arguments.run, arguments.output, progress=False)
+        files = "report.md, report.json, harmony.png, detections.png"
+        print(f"Everything is in {arguments.output}: {files}")
     return 0
 
 
@@ -247,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("run", nargs="+", type=Path, help="directories of runs, or above them")
     report.add_argument(
-        "--output", type=Path, metavar="DIRECTORY", help="write report.md and .json"
+        "--output", type=Path, metavar="DIRECTORY", help="for the table and for pictures"
     )
 
     command("info", _info, "Versions, libraries, instruction set, CUDA or why not.")

@@ -98,7 +98,7 @@ def harmonious_iou_loss(
 
     Raises:
         ValueError: shapes differ, the last dimension is not 4, devices differ, unknown reduction.
-        TypeError: a dtype is not floating point, or the dtypes differ.
+        TypeError: a dtype is not floating point, the dtypes differ, or an option is no number.
 
     Gradient: to pred and target (as in :func:`aligned_box_iou`) and weight; differentiable once.
 
@@ -117,6 +117,8 @@ def harmonious_iou_loss(
         pred, target, weight = _widen(pred), _widen(target), _widen(weight)
     shape = _checks.box_pair("pred", pred, "target", target)
     _checks.sample_weight(weight, shape, "pred", pred)
+    _checks.number("alpha", alpha)
+    _checks.number("gamma", gamma)
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     if _debug.active():
         _debug.boxes("pred", pred)
@@ -164,7 +166,7 @@ def tcorr_loss(
 
     Raises:
         ValueError: shapes or devices differ, unknown reduction or variant.
-        TypeError: a dtype is not floating point, or the dtypes differ.
+        TypeError: a dtype is not floating point, the dtypes differ, or logits is no bool.
 
     Gradient: to scores, ious and weight; differentiable once. ``|p - u|`` is a constant. Below 1e-6
     the derivative of ``log(x + e)`` is held at 1e6 (for a logit it needs no guard), so that the
@@ -184,6 +186,7 @@ def tcorr_loss(
     shape = scores.shape
     _checks.per_sample("ious", ious, shape, "scores", scores)
     _checks.sample_weight(weight, shape, "scores", scores)
+    _checks.flag("logits", logits)
     _checks.choice("variant", variant, _checks.VARIANTS)
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     if _debug.active():
@@ -237,7 +240,7 @@ def hqod_loss(
     Raises:
         ValueError: shapes differ, the last dimension of the boxes is not 4, devices differ, unknown
             reduction or variant, avg_factor without ``reduction="mean"``.
-        TypeError: a dtype is not floating point, or the dtypes differ.
+        TypeError: a dtype is not floating point, the dtypes differ, or an option is no number.
 
     Gradient: to pred, target, scores, weight and a tensor avg_factor; differentiable once. On the
     CPU a reduced loss in float32 or float64 computes it in its forward pass and keeps it, 20 or 40
@@ -260,6 +263,14 @@ def hqod_loss(
     shape = _checks.box_pair("pred", pred, "target", target)
     _checks.per_sample("scores", scores, shape, "pred", pred)
     _checks.sample_weight(weight, shape, "pred", pred)
+    _checks.flag("logits", logits)
+    for name, value in (
+        ("alpha", alpha),
+        ("gamma", gamma),
+        ("hiou_weight", hiou_weight),
+        ("tcorr_weight", tcorr_weight),
+    ):
+        _checks.number(name, value)
     _checks.choice("variant", variant, _checks.VARIANTS)
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     _checks.average(avg_factor, reduction)
@@ -295,11 +306,8 @@ def _codes(name: str, values: int | Sequence[int], xs: Sequence[Tensor]) -> list
 
 
 def _grad_scale(grad_scale: float | str | None) -> float | str:
-    if grad_scale is None:
-        return 1.0
-    if isinstance(grad_scale, str) and grad_scale != "lsq":
-        raise ValueError(f'Invalid grad_scale {grad_scale!r}: expected a float, "lsq" or None')
-    return grad_scale
+    _checks.grad_scale(grad_scale)
+    return 1.0 if grad_scale is None else grad_scale
 
 
 def fake_quant(
@@ -445,6 +453,8 @@ def fake_quant_foreach(
             _checks.quant_range(mins[index], maxs[index])
             _checks.quant_params(x, scale, zero, ch_axis)
             _checks.alike("x", x, "xs[0]", xs[0])
+            if zero_points is not None and zero is None:
+                raise TypeError("zero_point: expected a Tensor, got None")
             if debugging:
                 _debug.quantized(x, scale, zero)
         except (ValueError, TypeError, IndexError) as error:

@@ -162,8 +162,11 @@ class FakeQuant(nn.Module):
         activation: str | None = None,
     ) -> None:
         super().__init__()
+        quant_min = _checks.integer("quant_min", quant_min)
+        quant_max = _checks.integer("quant_max", quant_max)
         _checks.quant_range(quant_min, quant_max)
         _checks.activation(activation)
+        _checks.grad_scale(grad_scale)
         self.quant_min, self.quant_max = quant_min, quant_max
         self.ch_axis, self.grad_scale, self.activation = ch_axis, grad_scale, activation
         self.scale = nn.Parameter(torch.as_tensor(scale, dtype=torch.get_default_dtype()).clone())

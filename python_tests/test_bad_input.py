@@ -134,7 +134,42 @@ LOSS_CASES: dict[str, Case] = {
     "module: hqod": (lambda: HQODLoss(reduction="x"), ValueError, ("reduction", "'x'")),
     "module: hqod variant": (lambda: HQODLoss(variant="x"), ValueError, ("variant", "'x'")),
     "module: range": (lambda: FakeQuant(7, -8), ValueError, ("quant_min", "7", "-8")),
+    "module: fractional": (lambda: FakeQuant(0, 7.5), TypeError, ("quant_max", "7.5")),
+    "module: grad_scale": (lambda: FakeQuant(0, 7, grad_scale="x"), ValueError,
+                           ("grad_scale", "'x'")),
 }  # fmt: skip
+
+
+OPTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "hiou": (lambda **options: harmonious_iou_loss(B, B, **options), ("alpha", "gamma")),
+    "hqod": (
+        lambda **options: hqod_loss(B, B, P, **options),
+        ("alpha", "gamma", "hiou_weight", "tcorr_weight"),
+    ),
+    "tcorr": (lambda **options: tcorr_loss(P, P, **options), ()),
+}
+
+
+def option_cases() -> dict[str, Case]:
+    """Options of the losses that are no numbers: strings, and tensors that hope for a gradient."""
+    cases: dict[str, Case] = {}
+    learned = S.clone().requires_grad_()
+    for name, (op, numbers) in OPTIONS.items():
+        for option in numbers:
+            for value, word in (("much", "'much'"), (None, "NoneType"), (learned, "requires grad")):
+                cases[f"{name}: {option} {word}"] = (
+                    lambda op=op, option=option, value=value: op(**{option: value}),
+                    TypeError, (option, "a number", word),
+                )  # fmt: skip
+    for name in ("hqod", "tcorr"):
+        cases[f"{name}: logits"] = (
+            lambda op=OPTIONS[name][0]: op(logits="yes"), TypeError, ("logits", "a bool", "'yes'"),
+        )  # fmt: skip
+    cases["hqod: avg_factor str"] = (
+        lambda: hqod_loss(B, B, P, avg_factor="all"),  # type: ignore[arg-type]
+        TypeError, ("avg_factor", "a number", "'all'"),
+    )  # fmt: skip
+    return cases
 
 
 def quant_cases() -> dict[str, Case]:
@@ -203,6 +238,8 @@ def quant_cases() -> dict[str, Case]:
                      ("ch_axis", "[-3, 2]", "got 3")),
             "negative axis": (lambda op=op: op(X, C, ch_axis=-4, **W4), IndexError,
                               ("ch_axis", "[-3, 2]", "got -4")),
+            "axis fractional": (lambda op=op: op(X, C, ch_axis=1.0, **W4), TypeError,
+                                ("ch_axis", "float")),
             "axis of a scalar": (lambda op=op: op(S, S, ch_axis=0, **W4), IndexError, ("ch_axis",)),
         }  # fmt: skip
         for what, (call, kind, words) in some.items():
@@ -214,6 +251,9 @@ def quant_cases() -> dict[str, Case]:
             lambda g=grad_scale: fake_quant(X, S, grad_scale=g, **W4),
             ValueError, ("grad_scale", repr(grad_scale), "lsq"),
         )  # fmt: skip
+    cases["grad_scale list"] = (
+        lambda: fake_quant(X, S, grad_scale=[1.0], **W4), TypeError, ("grad_scale", "list"),
+    )  # fmt: skip
     return cases
 
 
@@ -230,11 +270,13 @@ FOREACH_CASES: dict[str, Case] = {
                       ("entry 1", "xs[0]", "float32", "float64")),
     "devices differ": (lambda: fake_quant_foreach([X, X.to(ELSEWHERE)], [S, S.to(ELSEWHERE)], **W4),
                        ValueError, ("entry 1", "xs[0]", HERE, ELSEWHERE)),
+    "a zero point is None": (lambda: fake_quant_foreach([X, X], [S, S], [S, None], **W4), TypeError,
+                             ("entry 1", "zero_point", "None")),  # type: ignore[list-item]
     "grad_scale": (lambda: fake_quant_foreach([X], [S], grad_scale="no", **W4), ValueError,
                    ("grad_scale", "'no'")),
 }  # fmt: skip
 
-CASES = box_cases() | LOSS_CASES | quant_cases() | {
+CASES = box_cases() | LOSS_CASES | option_cases() | quant_cases() | {
     f"foreach: {name}": case for name, case in FOREACH_CASES.items()
 }  # fmt: skip
 

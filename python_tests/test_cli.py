@@ -19,6 +19,7 @@ pytest.importorskip("pycocotools")
 
 import hqod_ops
 from hqod_ops.cli import BAD_INPUT, FAILED, INTERRUPTED, main
+from hqod_ops.detection.data import DigitScenes, write_coco
 from hqod_ops.detection.engine import Trainer, read_checkpoint
 
 TINY = [
@@ -64,10 +65,36 @@ def test_train_quantize_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFi
     result = json.loads((tmp_path / "w2" / "result.json").read_text())
     assert float(lines["AP"]) == pytest.approx(result["AP"], abs=1e-4)
 
-    assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out == (tmp_path / "out" / "report.md").read_text()
+    out = tmp_path / "out"
+    assert main(["report", str(tmp_path), "--output", str(out)]) == 0
+    table = (out / "report.md").read_text()
+    assert capsys.readouterr().out.startswith(table)
+    for name in ("harmony.png", "detections.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
     rows = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [row["label"] for row in rows] == ["FP32", "2-bit LSQ", "2-bit LSQ + HQOD"]
+
+
+def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "coco"
+    for split, images in (("train", 8), ("val", 3)):
+        write_coco(DigitScenes(split, num_images=images, size=64), data, split)
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    assert _train(runs, "--data", str(data), "--name", "fp32") == 0
+    assert _train(runs, "--data", str(data), "--name", "fp32-more", "--seed", "1") == 0
+    assert main(["report", str(runs), "--output", str(out)]) == 0
+    assert "| FP32 |" in capsys.readouterr().out
+    assert (out / "detections.png").read_bytes().startswith(b"\x89PNG")
+    # The images may be gone when somebody looks at the runs again.
+    data.rename(tmp_path / "elsewhere")
+    again = tmp_path / "again"
+    assert main(["report", str(runs), "--output", str(again)]) == BAD_INPUT
+    assert f"{data}: no such folder" in _one_line(capsys)
+    assert {path.name for path in again.iterdir()} == {
+        "harmony.png",
+        "report.json",
+        "report.md",
+    }
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

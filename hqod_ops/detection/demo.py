@@ -17,22 +17,8 @@ from hqod_ops.detection.config import (
     to_dict,
 )
 from hqod_ops.detection.engine import CHECKPOINT
-from hqod_ops.detection.harmony import HarmonyReport
-from hqod_ops.detection.plots import draw_detections, plot_harmony
-from hqod_ops.detection.report import label, read_result, write_report
-from hqod_ops.detection.train import (
-    HARMONY,
-    Run,
-    is_finished,
-    load_detector,
-    open_data,
-    predict,
-)
-
-_SHOWN = 8
-"""Test images in the picture of detections."""
-
-_SHOWN_SCORE = 0.25
+from hqod_ops.detection.report import draw_report, label, read_result, write_report
+from hqod_ops.detection.train import Run, is_finished
 
 _FLOAT_LR, _QUANT_LR = 4e-3, 1e-3
 
@@ -143,8 +129,9 @@ def run_demo(
             number += 1
             _finish(config, runs, f"[{number}/{count}]", progress)
     directory = runs / name
-    table = write_report([runs / c.name for configs in sets for c in configs], directory)
-    _draw(sets[0], runs, directory, progress)
+    finished = [runs / config.name for configs in sets for config in configs]
+    table = write_report(finished, directory)
+    draw_report(finished, directory, progress=progress)
     print(f"\n{table}\n")
     print(f"{(time.perf_counter() - started) / 60:.1f} minutes. Everything is in {directory}:")
     print("report.md, report.json, harmony.png, detections.png, and the runs, in seed0...")
@@ -164,24 +151,4 @@ def _finish(config: RunConfig, runs: Path, number: str, progress: bool) -> None:
         f"{what}: AP {100 * result['AP']:.1f}, score-IoU correlation {result['pearson'] or 0:.3f}, "
         f"{result['seconds']:.0f} s",
         flush=True,
-    )
-
-
-def _draw(configs: Sequence[RunConfig], runs: Path, directory: Path, progress: bool) -> None:
-    names = [label(to_dict(config)) for config in configs]
-    reports = {
-        name: HarmonyReport.load(runs / config.name / HARMONY)
-        for name, config in zip(names, configs, strict=True)
-    }
-    plot_harmony(reports, directory / "harmony.png")
-    dataset = open_data(replace(configs[-1].data, test_images=_SHOWN))
-    model, config, categories = load_detector(runs / configs[-1].name)
-    outputs, targets = predict(model, dataset, config.test, progress=progress)
-    draw_detections(
-        [dataset[i][0] for i in range(len(dataset))],
-        outputs,
-        targets,
-        directory / "detections.png",
-        categories=categories,
-        score_threshold=_SHOWN_SCORE,
     )

@@ -1,4 +1,4 @@
-"""Results of many runs in one table."""
+"""Results of many runs in one table, and in pictures."""
 
 from __future__ import annotations
 
@@ -6,16 +6,26 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Subset
+
 from hqod_ops.detection.config import ConfigError
-from hqod_ops.detection.train import CONFIG, RESULT
+from hqod_ops.detection.harmony import HarmonyReport
+from hqod_ops.detection.plots import draw_detections, plot_harmony
+from hqod_ops.detection.train import CONFIG, HARMONY, RESULT, load_detector, open_data, predict
 
 COLUMNS = {"AP": 100.0, "AP50": 100.0, "AP75": 100.0, "pearson": 1.0, "gap": 1.0}
 """Columns of the table and the factor their values are shown with."""
 
 _HEADINGS = {"pearson": "score-IoU correlation", "gap": "mean abs(score - IoU)"}
+
+_SHOWN = 8
+"""Test images in the picture of detections."""
+
+_SHOWN_SCORE = 0.25
 
 
 def read_result(directory: str | Path) -> dict[str, Any]:
@@ -94,15 +104,11 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         >>> row["label"], row["seeds"], round(row["AP"]["mean"], 3), round(row["AP"]["std"], 3)
         ('FP32', [0, 1, 2], 0.5, 0.1)
     """
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for result in results:
-        # The checkpoint to start from has the seed in its path, the name may have it.
-        shared = {k: v for k, v in result["config"].items() if k not in _SEED_DEPENDENT}
-        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(result)
     rows = []
-    for runs in groups.values():
+    for name, members in _by_settings(results).items():
+        runs = [results[i] for i in members]
         row: dict[str, Any] = {
-            "label": label(runs[0]["config"]),
+            "label": name,
             "seeds": [run["config"]["seed"] for run in runs],
             "runs": len(runs),
         }
@@ -113,11 +119,25 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "std": statistics.stdev(values) if len(values) > 1 else None,
             }
         rows.append(row)
-    repeated = Counter(row["label"] for row in rows)
-    for row, runs in zip(rows, groups.values(), strict=True):
-        if repeated[row["label"]] > 1:
-            row["label"] += f" ({', '.join(run['config']['name'] for run in runs)})"
     return rows
+
+
+def _by_settings(results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """For each label, the indices of the runs that differ in their seed alone.
+
+    Where two groups have the same label, the names of their runs are added.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, result in enumerate(results):
+        # The checkpoint to start from has the seed in its path, the name may have it.
+        shared = {k: v for k, v in result["config"].items() if k not in _SEED_DEPENDENT}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
+    labels = [label(results[members[0]]["config"]) for members in groups.values()]
+    repeated = Counter(labels)
+    for k, members in enumerate(groups.values()):
+        if repeated[labels[k]] > 1:
+            labels[k] += f" ({', '.join(results[i]['config']['name'] for i in members)})"
+    return dict(zip(labels, groups.values(), strict=True))
 
 
 _SEED_DEPENDENT = {"seed", "init", "name", "device"}
@@ -172,3 +192,39 @@ def write_report(runs: Iterable[str | Path], output: Path | None = None) -> str:
         text = json.dumps(rows, indent=2, allow_nan=False) + "\n"
         (output / "report.json").write_text(text, encoding="utf-8")
     return table
+
+
+def draw_report(runs: Iterable[str | Path], output: Path, *, progress: bool = True) -> None:
+    """Draw what finished runs found; of runs that differ in their seed alone, the first one.
+
+    ``harmony.png`` shows the score-IoU density of each, ``detections.png`` the last one's
+    detections on some test images, which must still be where its settings say.
+
+    Args:
+        runs (iterable of str or Path): directories of runs, or directories above them.
+        output (Path): directory for the two files.
+        progress (bool): show a progress bar where the output is a terminal. Default: True
+
+    Raises:
+        ConfigError: there is no finished run at or below a path, or it lacks its checkpoint.
+        DataError: the test images cannot be used; ``harmony.png`` is written all the same.
+        ImportError: matplotlib is missing.
+    """
+    directories = find_runs(runs)
+    groups = _by_settings([read_result(directory) for directory in directories])
+    firsts = {name: directories[members[0]] for name, members in groups.items()}
+    reports = {name: HarmonyReport.load(path / HARMONY) for name, path in firsts.items()}
+    plot_harmony(reports, output / "harmony.png")
+    model, config, categories = load_detector(list(firsts.values())[-1])
+    # Of scenes that are drawn, no more than are shown; of files, the first ones.
+    dataset = open_data(replace(config.data, test_images=_SHOWN))
+    shown = Subset(dataset, range(min(_SHOWN, len(dataset))))
+    outputs, targets = predict(model, shown, config.test, progress=progress)
+    draw_detections(
+        [dataset[i][0] for i in shown.indices],
+        outputs,
+        targets,
+        output / "detections.png",
+        categories=categories,
+        score_threshold=_SHOWN_SCORE,
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from hqod_ops.detection.atss import ATSS, Detections
 from hqod_ops.detection.config import (
@@ -231,7 +231,7 @@ def load_detector(path: str | Path) -> tuple[ATSS, RunConfig, list[str]]:
 @torch.no_grad()
 def predict(
     model: ATSS,
-    dataset: DetectionDataset,
+    dataset: Dataset[tuple[Tensor, Target]],
     config: TestConfig | None = None,
     *,
     workers: int = 0,
@@ -241,7 +241,7 @@ def predict(
 
     Args:
         model (ATSS): the detector; it is put into eval mode.
-        dataset (DetectionDataset): images.
+        dataset (Dataset): images with targets, as a :class:`DetectionDataset` has them.
         config (TestConfig, optional): thresholds and limits. Default: None, TestConfig()
         workers (int): processes that load images. Default: 0
         progress (bool): show a progress bar where the output is a terminal. Default: True
