@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench import machine, step, tables
+from bench.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -53,39 +54,40 @@ def run(
 ) -> tuple[list[dict[str, Any]], str]:
     """Every variant, with and without mixed precision: the entries, and the profiler's tables."""
     found, profiles = [], []
-    for amp in amps:
-        for variant in step.VARIANTS:
-            title = f"{variant}{', mixed precision' if amp else ''}"
-            print(title, file=sys.stderr)
-            entry, table = step.measure(variant, settings, device, amp)
-            found.append(entry)
-            profiles.append(f"{title}\n\n{table}")
+    with progress(len(amps) * (len(step.VARIANTS) + settings.steps)) as said:
+        for amp in amps:
+            entries, tables_of = step.measure(settings, device, amp, said=said)
+            found += entries
+            for variant, text in tables_of.items():
+                profiles.append(f"{variant}{', mixed precision' if amp else ''}\n\n{text}")
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return step.compared(found), "\n".join(profiles)
+    return found, "\n".join(profiles)
 
 
 def table(entries: list[dict[str, Any]]) -> tables.Table:
     """The result for a reader."""
-    columns = ["entry", "mixed precision", "step", "p20 to p80", "peak memory", "saved", "added by"]
-    columns += ["our ops"]
+    columns = ["entry", "mixed precision", "step", "p20 to p80", "over float", "p20 to p80"]
+    columns += ["of the step", "peak memory", "saved", "our ops"]
     rows = []
     for entry in entries:
-        ms, peak = entry["ms"], entry["peak_bytes"]
+        ms, added = entry["ms"], entry["added_ms"]
         rows.append(
             [
                 entry["variant"],
                 "yes" if entry["amp"] else "no",
                 f"{ms['median']:.1f} ms",
                 f"{ms['p20']:.1f} to {ms['p80']:.1f} ms",
-                "" if peak is None else f"{peak / 2**30:.2f} GiB",
-                f"{entry['saved_bytes'] / 2**20:.0f} MiB",
+                f"{added['median']:.1f} ms",
+                f"{added['p20']:.1f} to {added['p80']:.1f} ms",
                 f"{100 * entry['share_added']:.1f} %",
+                f"{entry['peak_bytes'] / 2**20:.0f} MiB",
+                f"{entry['saved_bytes'] / 2**20:.0f} MiB",
                 f"{100 * entry['share_of_our_ops']:.1f} %",
             ]
         )
-    return tables.Table("A training step; shares of it that quantization takes", columns, rows)
+    return tables.Table("A training step, and what quantization adds to it", columns, rows)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -33,18 +33,23 @@ def test_quick_run_writes_its_result(
     assert result["settings"] == dataclasses.asdict(TINY)
     entries = {entry["variant"]: entry for entry in result["steps"]}
     assert tuple(entries) == step.VARIANTS and not any(entry["amp"] for entry in result["steps"])
-    assert entries["float"]["share_added"] == 0
+    assert entries["float"]["share_added"] == entries["float"]["added_ms"]["median"] == 0
     for variant, entry in entries.items():
         assert 0 < entry["ms"]["p20"] <= entry["ms"]["median"] <= entry["ms"]["p80"]
         assert (entry["share_of_our_ops"] > 0) == variant.startswith("ours")
+        # What is saved is there at the end of the forward pass, beside the model.
+        assert entry["peak_bytes"] > entry["saved_bytes"] > 0
+    assert entries["ours"]["peak_bytes"] < entries["eager LSQ"]["peak_bytes"]
     text = path.with_suffix(".txt").read_text(encoding="utf-8")
     assert "hqod::fake_quant" in text and "Self CPU" in text
 
 
 def test_mixed_precision() -> None:
-    entry, table = step.measure("ours", TINY, torch.device("cpu"), amp=True)
-    assert entry["amp"] and entry["share_of_our_ops"] > 0
-    assert "hqod::fake_quant" in table
+    variants = ("float", "ours")
+    entries, profiles = step.measure(TINY, torch.device("cpu"), amp=True, variants=variants)
+    assert [entry["variant"] for entry in entries] == list(variants)
+    assert all(entry["amp"] for entry in entries) and entries[1]["share_of_our_ops"] > 0
+    assert "hqod::fake_quant" in profiles["ours"] and "hqod::" not in profiles["float"]
 
 
 def test_eager_ops_are_those_of_lsq() -> None:

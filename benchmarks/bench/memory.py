@@ -21,6 +21,11 @@ def peak_bytes(run: Callable[[], Any], inputs: Inputs) -> int:
     """Most bytes allocated at once beyond the inputs; results and gradients count."""
     for leaf in inputs.leaves():
         leaf.grad = None
+    return peak_beyond(run)
+
+
+def peak_beyond(run: Callable[[], Any]) -> int:
+    """Most bytes allocated at once on the CPU beyond what there was before; results count."""
     with profile(
         activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as recorded:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import peers
 from bench.measure import spread
+from bench.memory import peak_beyond
 from hqod_ops import _loader, reference
 from hqod_ops.quant import (
     calibrate,
@@ -209,26 +211,106 @@ def saved_bytes(model: nn.Module, batch: Batch) -> int:
     return sum(storage.nbytes() for storage in seen.values())
 
 
-class Step:
-    """One step: forward, losses, backward, update; in mixed precision if it is asked for."""
+class Trial:
+    """A variant's model, and its step: forward, losses, backward, update; at ``amp`` mixed."""
 
-    def __init__(self, model: nn.Module, batch: Batch, device: torch.device, amp: bool) -> None:
-        self._model, self._batch, self._device, self._amp = model, batch, device, amp
-        groups = parameter_groups(model, weight_decay=1e-4)
+    def __init__(
+        self, variant: str, settings: Settings, batch: Batch, device: torch.device, amp: bool
+    ) -> None:
+        self.variant, self.amp = variant, amp
+        self._batch, self._device = batch, device
+        with ops_of(variant):
+            self.model = make(variant, settings, batch, device)
+        groups = parameter_groups(self.model, weight_decay=1e-4)
         self._optimizer = torch.optim.SGD(groups, lr=1e-4, momentum=0.9)
-        self.dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-        scaled = amp and self.dtype == torch.float16
+        self._dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
+        scaled = amp and self._dtype == torch.float16
         self._scaler = torch.amp.GradScaler(device.type, enabled=scaled)
 
-    def __call__(self) -> Tensor:
+    def drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self._device.type, self.dtype, enabled=self._amp):
-            losses = self._model(*self._batch)
-        loss: Tensor = sum(losses.values())
-        self._scaler.scale(loss).backward()
+
+    def _losses(self) -> dict[str, Tensor]:
+        with torch.autocast(self._device.type, self._dtype, enabled=self.amp):
+            found: dict[str, Tensor] = self.model(*self._batch)
+        return found
+
+    def step(self) -> Tensor:
+        self.drop_gradients()
+        with ops_of(self.variant):
+            loss: Tensor = sum(self._losses().values())
+            self._scaler.scale(loss).backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return loss.detach()
+
+    def warm_up(self, steps: int) -> None:
+        """Raises RuntimeError where the loss is not finite."""
+        for _ in range(steps):
+            loss = self.step()
+        self.drop_gradients()
+        if not bool(loss.isfinite()):
+            raise RuntimeError(f"{self.variant}: the loss is {loss.item()}")
+
+    def seconds(self) -> float:
+        _wait(self._device)
+        start = time.perf_counter()
+        self.step()
+        _wait(self._device)
+        took = time.perf_counter() - start
+        self.drop_gradients()
+        return took
+
+    def held_bytes(self) -> int:
+        """Parameters, buffers and the optimizer's state."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        for state in self._optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def peak_bytes(self) -> int:
+        """Most bytes of tensors at once during a step, model and optimizer included."""
+        if self._device.type != "cuda":
+            return self.held_bytes() + peak_beyond(self.step)
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self.step()
+        peak = torch.cuda.max_memory_allocated(self._device) - before
+        return self.held_bytes() + peak
+
+    def saved_bytes(self) -> int:
+        """What a forward pass keeps for the backward pass, the model's own parameters aside."""
+        own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        seen: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage  # kept, so that no address is used twice
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with ops_of(self.variant), hooks:
+            losses = self._losses()
+        del losses
+        return sum(storage.nbytes() for storage in seen.values())
+
+    def profiled(self) -> tuple[float, str]:
+        """The share of our ops in the device's time (on the CPU, its own), and the table of all."""
+        on_gpu = self._device.type == "cuda"
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+        with profile(activities=activities, acc_events=True) as recorded:
+            self.step()
+            _wait(self._device)
+        self.drop_gradients()
+        attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        rows = recorded.key_averages()
+        # An operator's kernels count for it, and again as rows of their own: operators alone, then.
+        operators = [row for row in rows if row.device_type == torch.autograd.DeviceType.CPU]
+        total = sum(getattr(row, attribute) for row in operators)
+        ours = sum(getattr(row, attribute) for row in operators if row.key.startswith("hqod::"))
+        table: str = rows.table(sort_by=attribute, row_limit=40, max_name_column_width=80)
+        return ours / total if total else 0.0, table
 
 
 def _wait(device: torch.device) -> None:
@@ -236,80 +318,61 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds(step: Step, device: torch.device) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    step()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _profiled(step: Step, device: torch.device) -> tuple[float, str]:
-    """The share of our ops in the device's time (on the CPU, in its own), and the table of all."""
-    on_gpu = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
-    with profile(activities=activities, acc_events=True) as recorded:
-        step()
-        _wait(device)
-    attribute = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    rows = recorded.key_averages()
-    # An operator's kernels count for it, and again as rows of their own: operators alone, then.
-    operators = [row for row in rows if row.device_type == torch.autograd.DeviceType.CPU]
-    total = sum(getattr(row, attribute) for row in operators)
-    ours = sum(getattr(row, attribute) for row in operators if row.key.startswith("hqod::"))
-    table: str = rows.table(sort_by=attribute, row_limit=40, max_name_column_width=80)
-    return ours / total if total else 0.0, table
-
-
 def measure(
-    variant: str, settings: Settings, device: torch.device, amp: bool
-) -> tuple[dict[str, Any], str]:
-    """Time, peak memory and profile of a variant's step.
+    settings: Settings,
+    device: torch.device,
+    amp: bool,
+    variants: Sequence[str] = VARIANTS,
+    said: Callable[[str], None] = lambda text: None,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Time, memory and profile of the variants' steps.
+
+    All models are there at once and take turns, in changing order, so that what the machine does
+    meanwhile meets all of them; what a variant adds is taken inside a round.
 
     Args:
-        variant: of :data:`VARIANTS`.
         settings: the model and the effort.
         device: where it trains.
         amp: mixed precision.
+        variants: of :data:`VARIANTS`, the first one is what the others are compared with.
+        said: is told what comes next, ``len(variants) + settings.steps`` times.
 
     Returns:
-        (dict, str): the entry of the result file, and the profiler's table.
+        (list, dict): the entries of the result file, and the profiler's table of each variant.
 
     Raises:
-        RuntimeError: the loss is not finite.
+        RuntimeError: a loss is not finite.
     """
     batch = make_batch(settings, device)
-    with ops_of(variant):
-        model = make(variant, settings, batch, device)
-        step = Step(model, batch, device, amp)
-        for _ in range(settings.warmup):
-            loss = step()
-        if not bool(loss.isfinite()):
-            raise RuntimeError(f"{variant}: the loss is {loss.item()}")
-        peak = None
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        times = [_seconds(step, device) for _ in range(settings.steps)]
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        share, table = _profiled(step, device)
-        with torch.autocast(device.type, step.dtype, enabled=amp):
-            saved = saved_bytes(model, batch)
-    found = {
-        "variant": variant,
-        "amp": amp,
-        "ms": spread([1e3 * t for t in times], 3),
-        "peak_bytes": peak,
-        "saved_bytes": saved,
-        "share_of_our_ops": round(share, 4),
-    }
-    return found, table
-
-
-def compared(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The entries with what quantization adds to the step without it, as a share of the step."""
-    plain = {entry["amp"]: entry["ms"]["median"] for entry in found if entry["variant"] == "float"}
-    return [
-        {**entry, "share_added": round(1 - plain[entry["amp"]] / entry["ms"]["median"], 4)}
-        for entry in found
-    ]
+    trials = []
+    for variant in variants:
+        said(f"{variant}{', mixed precision' if amp else ''}")
+        trials.append(Trial(variant, settings, batch, device, amp))
+        trials[-1].warm_up(settings.warmup)
+    times: dict[str, list[float]] = {variant: [] for variant in variants}
+    for k in range(settings.steps):
+        said(f"round {k + 1}{', mixed precision' if amp else ''}")
+        first = k % len(trials)
+        for trial in trials[first:] + trials[:first]:
+            times[trial.variant].append(1e3 * trial.seconds())
+    plain = times[variants[0]]
+    entries, profiles = [], {}
+    for trial in trials:
+        own = times[trial.variant]
+        share, profiles[trial.variant] = trial.profiled()
+        entries.append(
+            {
+                "variant": trial.variant,
+                "amp": amp,
+                "ms": spread(own, 3),
+                "added_ms": spread([b - a for a, b in zip(plain, own, strict=True)], 3),
+                "share_added": round(
+                    statistics.median(1 - a / b for a, b in zip(plain, own, strict=True)), 4
+                ),
+                "peak_bytes": trial.peak_bytes(),
+                "saved_bytes": trial.saved_bytes(),
+                "share_of_our_ops": round(share, 4),
+            }
+        )
+        trial.drop_gradients()
+    return entries, profiles
