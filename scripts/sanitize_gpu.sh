@@ -2,7 +2,7 @@
 # Runs the tests marked `sanitizer` under compute-sanitizer. Usage: sanitize_gpu.sh [TOOL]...
 #
 #   TOOL           memcheck, racecheck, initcheck, synccheck; by default all of them
-#   PY=python3     the interpreter, with a CUDA build of torch, pytest and hypothesis
+#   PY=python3     the interpreter, with a CUDA build of torch, and pytest
 #   LIMIT=900      seconds after which a tool is ended
 #
 # It goes on after a failure, ends with a line for each tool, and fails if one of them did.

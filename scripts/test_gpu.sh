@@ -2,7 +2,8 @@
 # Everything that a GPU can be asked: the op tests on it, what only a GPU shows, compute-sanitizer.
 # Usage: test_gpu.sh [PYTEST ARGUMENT]...
 #
-#   PY=python3     the interpreter, with a CUDA build of torch, NumPy, pytest and hypothesis
+#   PY=python3     the interpreter, with a CUDA build of torch, NumPy and pytest; hypothesis too
+#                  runs the generated cases
 #   OUT=runs/gpu   where reports go: a log of each step, JUnit XML, summary.txt
 #   STEPS="suite cuda sanitizer"   what is run
 #   HQOD_COMMIT    the commit to name, where there is no .git
