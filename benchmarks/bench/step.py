@@ -48,7 +48,7 @@ class Settings:
 
 
 FULL = Settings()
-SMALL = Settings(batch=1, size=192, warmup=1, steps=5)
+SMALL = Settings(batch=1, size=192, warmup=1, steps=15)
 QUICK = Settings(backbone="resnet18", batch=1, size=64, warmup=1, steps=2)
 
 
