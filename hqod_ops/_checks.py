@@ -138,8 +138,7 @@ def number(name: str, value: object) -> None:
         return
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
-            f"{name}: expected a number, got a tensor that requires grad, which would get none; "
-            "multiply the loss by it instead"
+            f"{name}: expected a number, got a tensor that requires grad, which would get none"
         )
     if not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got the {type(value).__name__} {value!r}")

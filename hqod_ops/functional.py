@@ -264,13 +264,10 @@ def hqod_loss(
     _checks.per_sample("scores", scores, shape, "pred", pred)
     _checks.sample_weight(weight, shape, "pred", pred)
     _checks.flag("logits", logits)
-    for name, value in (
-        ("alpha", alpha),
-        ("gamma", gamma),
-        ("hiou_weight", hiou_weight),
-        ("tcorr_weight", tcorr_weight),
-    ):
-        _checks.number(name, value)
+    _checks.number("alpha", alpha)
+    _checks.number("gamma", gamma)
+    _checks.number("hiou_weight", hiou_weight)
+    _checks.number("tcorr_weight", tcorr_weight)
     _checks.choice("variant", variant, _checks.VARIANTS)
     _checks.choice("reduction", reduction, _checks.REDUCTIONS)
     _checks.average(avg_factor, reduction)
@@ -348,7 +345,7 @@ def fake_quant(
     Raises:
         ValueError: wrong number of scales or zero points, devices differ, quant_min >= quant_max,
             unknown activation.
-        TypeError: a dtype is not floating point, or the dtypes do not fit.
+        TypeError: a dtype is not floating point, the dtypes do not fit, or an option is no number.
         IndexError: ch_axis is out of range.
 
     Gradient: straight-through. With code ``c = round(x / s) + round(z)`` before the clamp: inside

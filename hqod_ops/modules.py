@@ -22,6 +22,8 @@ class HarmoniousIoULoss(nn.Module):
 
     def __init__(self, alpha: float = 1.5, gamma: float = 0.8, reduction: str = "mean") -> None:
         super().__init__()
+        _checks.number("alpha", alpha)
+        _checks.number("gamma", gamma)
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         self.alpha, self.gamma, self.reduction = alpha, gamma, reduction
 
@@ -53,6 +55,7 @@ class TCorrLoss(nn.Module):
         self, logits: bool = False, variant: str = "official", reduction: str = "mean"
     ) -> None:
         super().__init__()
+        _checks.flag("logits", logits)
         _checks.choice("variant", variant, _checks.VARIANTS)
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         self.logits, self.variant, self.reduction = logits, variant, reduction
@@ -93,6 +96,11 @@ class HQODLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
+        _checks.flag("logits", logits)
+        _checks.number("alpha", alpha)
+        _checks.number("gamma", gamma)
+        _checks.number("hiou_weight", hiou_weight)
+        _checks.number("tcorr_weight", tcorr_weight)
         _checks.choice("variant", variant, _checks.VARIANTS)
         _checks.choice("reduction", reduction, _checks.REDUCTIONS)
         self.logits, self.alpha, self.gamma, self.variant = logits, alpha, gamma, variant

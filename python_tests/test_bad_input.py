@@ -134,6 +134,9 @@ LOSS_CASES: dict[str, Case] = {
     "module: hqod": (lambda: HQODLoss(reduction="x"), ValueError, ("reduction", "'x'")),
     "module: hqod variant": (lambda: HQODLoss(variant="x"), ValueError, ("variant", "'x'")),
     "module: range": (lambda: FakeQuant(7, -8), ValueError, ("quant_min", "7", "-8")),
+    "module: alpha": (lambda: HarmoniousIoULoss(alpha="x"), TypeError, ("alpha", "'x'")),
+    "module: hqod weight": (lambda: HQODLoss(hiou_weight=None), TypeError, ("hiou_weight", "None")),
+    "module: logits": (lambda: TCorrLoss(logits=1), TypeError, ("logits", "a bool", "1")),
     "module: fractional": (lambda: FakeQuant(0, 7.5), TypeError, ("quant_max", "7.5")),
     "module: grad_scale": (lambda: FakeQuant(0, 7, grad_scale="x"), ValueError,
                            ("grad_scale", "'x'")),
@@ -166,7 +169,7 @@ def option_cases() -> dict[str, Case]:
             lambda op=OPTIONS[name][0]: op(logits="yes"), TypeError, ("logits", "a bool", "'yes'"),
         )  # fmt: skip
     cases["hqod: avg_factor str"] = (
-        lambda: hqod_loss(B, B, P, avg_factor="all"),  # type: ignore[arg-type]
+        lambda: hqod_loss(B, B, P, avg_factor="all"),
         TypeError, ("avg_factor", "a number", "'all'"),
     )  # fmt: skip
     return cases
@@ -271,7 +274,7 @@ FOREACH_CASES: dict[str, Case] = {
     "devices differ": (lambda: fake_quant_foreach([X, X.to(ELSEWHERE)], [S, S.to(ELSEWHERE)], **W4),
                        ValueError, ("entry 1", "xs[0]", HERE, ELSEWHERE)),
     "a zero point is None": (lambda: fake_quant_foreach([X, X], [S, S], [S, None], **W4), TypeError,
-                             ("entry 1", "zero_point", "None")),  # type: ignore[list-item]
+                             ("entry 1", "zero_point", "None")),
     "grad_scale": (lambda: fake_quant_foreach([X], [S], grad_scale="no", **W4), ValueError,
                    ("grad_scale", "'no'")),
 }  # fmt: skip

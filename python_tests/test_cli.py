@@ -71,7 +71,7 @@ def test_train_quantize_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.startswith(table)
     for name in ("harmony.png", "detections.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
-    rows = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = json.loads((out / "report.json").read_text())
     assert [row["label"] for row in rows] == ["FP32", "2-bit LSQ", "2-bit LSQ + HQOD"]
 
 
@@ -90,11 +90,7 @@ def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     again = tmp_path / "again"
     assert main(["report", str(runs), "--output", str(again)]) == BAD_INPUT
     assert f"{data}: no such folder" in _one_line(capsys)
-    assert {path.name for path in again.iterdir()} == {
-        "harmony.png",
-        "report.json",
-        "report.md",
-    }
+    assert {path.name for path in again.iterdir()} == {"harmony.png", "report.json", "report.md"}
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,7 @@ def test_training_writes_the_positive_scale_back_as_the_official_code(
     y += [q(x), q(x)]
     folded = max(abs(value), EPS)
     assert parameter[0].item() == pytest.approx(folded, rel=1e-6)
-    sum(output.square().sum() for output in y).backward()  # type: ignore[union-attr]
+    sum(output.square().sum() for output in y).backward()
     other = QUANTIZERS[name](4, signed=True)
     other.set_scale(torch.tensor([0.4, 0.5]), [True, True])
     with torch.no_grad():

@@ -324,7 +324,7 @@ def test_calibrating_a_compiled_model_compiles_nothing() -> None:
 
 def test_something_else_than_a_model() -> None:
     with pytest.raises(TypeError, match="model: expected an nn.Module, got list"):
-        prepare_qat([1, 2])  # type: ignore[type-var]
+        prepare_qat([1, 2])
 
 
 def test_data_that_is_all_zero_gives_a_usable_scale_and_a_warning() -> None:

@@ -194,25 +194,8 @@ def make(variant: str, settings: Settings, batch: Batch, device: torch.device) -
     return model.train()
 
 
-def saved_bytes(model: nn.Module, batch: Batch) -> int:
-    """What a forward pass keeps for the backward pass, the model's own parameters aside."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = storage  # kept, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        losses = model(*batch)
-    del losses
-    return sum(storage.nbytes() for storage in seen.values())
-
-
 class Trial:
-    """A variant's model, and its step: forward, losses, backward, update; at ``amp`` mixed."""
+    """A variant's model, and its step: forward, losses, backward, update, perhaps mixed."""
 
     def __init__(
         self, variant: str, settings: Settings, batch: Batch, device: torch.device, amp: bool
