@@ -207,6 +207,7 @@ def draw_report(runs: Iterable[str | Path], output: Path, *, progress: bool = Tr
 
     Raises:
         ConfigError: there is no finished run at or below a path, or it lacks its checkpoint.
+        OSError: a run lacks its ``harmony.npz``.
         DataError: the test images cannot be used; ``harmony.png`` is written all the same.
         ImportError: matplotlib is missing.
     """
