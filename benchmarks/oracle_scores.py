@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from hqod_ops.detection.evaluation import coco_results, evaluate_coco
-from hqod_ops.detection.train import load_detector, open_data, predict
+from hqod_ops.training.run import load_detector, open_data, predict
 
 
 def nearest_iou(output: dict[str, Tensor], target: dict[str, Any], *, own_class: bool) -> Tensor:

@@ -20,8 +20,8 @@ BAD_INPUT = 2
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from hqod_ops.detection.report import aggregate, markdown, read_result
-    from hqod_ops.detection.train import CONFIG, Run
+    from hqod_ops.training.report import aggregate, markdown, read_result
+    from hqod_ops.training.run import CONFIG, Run
 
     config = _run_config(arguments)
     command = ["hqod", "train", "--resume", "--name", config.name, "--runs", str(arguments.runs)]
@@ -37,8 +37,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _run_config(arguments: argparse.Namespace) -> Any:
     """Settings from, in this order, the stopped run, the recipe, --set, and the options."""
-    from hqod_ops.detection import config as settings
-    from hqod_ops.detection.train import saved_settings
+    from hqod_ops.training import settings
+    from hqod_ops.training.run import saved_settings
 
     values = settings.read(arguments.recipe) if arguments.recipe else {}
     for text in arguments.set:
@@ -70,7 +70,7 @@ def _run_config(arguments: argparse.Namespace) -> Any:
 def _eval(arguments: argparse.Namespace) -> int:
     import dataclasses
 
-    from hqod_ops.detection.train import (
+    from hqod_ops.training.run import (
         check_categories,
         choose_device,
         evaluate,
@@ -94,9 +94,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from hqod_ops.detection.config import ConfigError
-    from hqod_ops.detection.train import load_detector, open_data
     from hqod_ops.quant import NMS, detection_network, export_onnx
+    from hqod_ops.training.run import load_detector, open_data
+    from hqod_ops.training.settings import ConfigError
 
     if arguments.nms and arguments.outputs == "raw":
         raise ConfigError("--nms: expected --outputs boxes, got raw")
@@ -125,7 +125,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from hqod_ops.detection.demo import LENGTHS, run_demo
+    from hqod_ops.training.demo import LENGTHS, run_demo
 
     length = next((name for name in LENGTHS if getattr(arguments, name, False)), "standard")
     run_demo(
@@ -139,7 +139,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from hqod_ops.detection.report import draw_report, write_report
+    from hqod_ops.training.report import draw_report, write_report
 
     print(write_report(arguments.run, arguments.output))
     if arguments.output is not None:
@@ -275,8 +275,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         int: exit code: 0, 2 for bad input, 130 after Ctrl-C.
     """
     from hqod_ops._loader import check_environment
-    from hqod_ops.detection.config import ConfigError
     from hqod_ops.detection.data import DataError
+    from hqod_ops.training.settings import ConfigError
 
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "threads", None):

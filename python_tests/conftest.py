@@ -4,7 +4,7 @@
 :data:`AVAILABLE` or an importable module. Where it is missing the test is deselected and the head
 of the report says so; where ``HQOD_REQUIRE=ext,torchvision`` names it, that is an error.
 
-``HQOD_TEST_DEVICE=cuda`` runs the op tests on the GPU: see :mod:`python_tests.device`. What is
+``HQOD_TEST_DEVICE=cuda`` runs the op tests on the GPU: see :mod:`hqod_ops.testing.device`. What is
 about the CPU kernels themselves has ``@pytest.mark.cpu_kernels`` and is deselected there, and where
 the kernels of the GPU are emulated on the CPU (``HQOD_EMULATED=1``).
 """
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import hqod_ops
-from python_tests.device import DEVICE, cpu_kernels, emulated
+from hqod_ops.testing.device import DEVICE, cpu_kernels, emulated
 
 if importlib.util.find_spec("hypothesis") is not None:  # a machine with a GPU may lack it
     import hypothesis

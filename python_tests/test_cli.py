@@ -20,7 +20,7 @@ pytest.importorskip("pycocotools")
 import hqod_ops
 from hqod_ops.cli import BAD_INPUT, FAILED, INTERRUPTED, main
 from hqod_ops.detection.data import DigitScenes, write_coco
-from hqod_ops.detection.engine import Trainer, read_checkpoint
+from hqod_ops.training.trainer import Trainer, read_checkpoint
 
 TINY = [
     *("--set", "data.size=64"),
@@ -131,7 +131,7 @@ def test_resume_of_a_run_stopped_before_its_first_checkpoint(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("hqod_ops.detection.train.calibrate", stopped)
+        patch.setattr("hqod_ops.training.run.calibrate", stopped)
         options = ["--set", "name=early run", "--bits", "4", "--hqod", "--seed", "7"]
         assert _train(tmp_path, *options) == INTERRUPTED
     command = shlex.split(_one_line(capsys).split("to continue: hqod ")[1])
@@ -277,7 +277,7 @@ def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_recipes_are_valid() -> None:
-    from hqod_ops.detection.config import RunConfig, from_dict, read
+    from hqod_ops.training.settings import RunConfig, from_dict, read
 
     recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml"))
     assert recipes

@@ -36,7 +36,7 @@ for tool in "${tools[@]}"; do
   echo "== $tool"
   env "${caching[@]}" timeout --kill-after=30 "$limit" "$sanitizer" "${options[@]}" \
     "$py" -m pytest -q -p no:cacheprovider --tb=short -m sanitizer \
-    python_tests/test_cuda_sanitizer.py 2>&1 | tee "$log"
+    python_tests/cuda/test_sanitizer.py 2>&1 | tee "$log"
   status=${PIPESTATUS[0]}
   case $status in
     0) word=passed ;;

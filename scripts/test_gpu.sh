@@ -22,8 +22,8 @@ HQOD_COMMIT=$(scripts/commit.sh)
 export HQOD_COMMIT
 
 # The op tests; each runs where HQOD_TEST_DEVICE says.
-suite=(python_tests/test_{contract,losses,fake_quant,activation,foreach,formulas,properties}.py
-  python_tests/test_{autograd,compile,bad_input}.py)
+suite=(python_tests/ops/test_{contract,losses,fake_quant,activation,foreach,formulas,properties}.py
+  python_tests/ops/test_{autograd,compile,bad_input}.py)
 failed=0
 summary=()
 rm -f "$out"/{suite,cuda,sanitizer,summary}.{txt,xml}
@@ -66,7 +66,7 @@ for step in $steps; do
       ;;
     cuda)
       run_step cuda env HQOD_REQUIRE=ext,cuda "$py" -m pytest -q -p no:cacheprovider \
-        --junitxml="$out/cuda.xml" --durations=10 python_tests/test_cuda*.py "$@"
+        --junitxml="$out/cuda.xml" --durations=10 python_tests/cuda "$@"
       ;;
     sanitizer) run_step sanitizer scripts/sanitize_gpu.sh ;;
     *)

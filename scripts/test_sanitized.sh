@@ -28,5 +28,5 @@ export HQOD_REQUIRE=ext
 sanitized() {
   LD_PRELOAD=$(IFS=:; echo "${preload[*]}") python -m pytest "$@"
 }
-sanitized python_tests/test_bad_input.py "$@"
+sanitized python_tests/ops/test_bad_input.py "$@"
 sanitized -m numeric "$@"

@@ -1,4 +1,4 @@
-"""All entries. An op of ``python_tests/cases.py`` without entries of its own gets a plain one."""
+"""All entries: an op of :mod:`hqod_ops.testing.cases` without any of its own gets a plain one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from bench import losses, quant
 from bench.entry import Entry, Inputs
-from python_tests.cases import CASES, OpCase, leaves
+from hqod_ops.testing.cases import CASES, OpCase, leaves
 
 BOXES, TENSOR = (4096,), (256, 256, 3, 3)
 

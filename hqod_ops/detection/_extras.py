@@ -1,5 +1,5 @@
 """Imports of what ``pip install "hqod_ops[detection]"`` brings."""
 
-from hqod_ops._extras import requirer
+from hqod_ops.extras import requirer
 
 require = requirer("detection")

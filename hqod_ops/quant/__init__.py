@@ -9,87 +9,42 @@ Example:
     >>> model = calibrate(model, [torch.randn(2, 3, 16, 16)], progress=False)
     >>> optimizer = torch.optim.SGD(parameter_groups(model, weight_decay=1e-4), lr=1e-3)
 
-It needs torch alone.
+What a training script calls stands here; the classes behind it are in ``quantizers``,
+``observers``, ``nn``, ``config``, ``dataflow`` and ``export``, and can be had from here too. It
+needs torch alone.
 """
 
-from hqod_ops.quant.batch_norm import fold_batch_norm, freeze_batch_norm
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 from hqod_ops.quant.calibrate import calibrate
-from hqod_ops.quant.config import FLOAT_BITS, PRESETS, QATConfig, Rule
-from hqod_ops.quant.dorefa import DoReFa
-from hqod_ops.quant.dsq import DSQ
-from hqod_ops.quant.export import NMS, ExportError, ExportReport, detection_network, export_onnx
-from hqod_ops.quant.layers import QATConv2d, QATConvTranspose2d, QATLayer, QATLinear
-from hqod_ops.quant.level_norm import LevelBatchNorm2d, use_level_batch_norm
-from hqod_ops.quant.levels import reset_levels
-from hqod_ops.quant.lsq import LSQ
-from hqod_ops.quant.lsq_plus import LSQPlus
-from hqod_ops.quant.minmax import MinMaxSTE
-from hqod_ops.quant.observers import (
-    EMAMSE,
-    MSE,
-    OBSERVERS,
-    EMAMinMax,
-    LSQInit,
-    MinMax,
-    Observer,
-    Percentile,
-    PowerOfTwo,
-    PowerOfTwoRange,
+from hqod_ops.quant.config import (
+    QATConfig,
+    Rule,
+    from_toml,
+    load_config,
+    plan_qat,
+    save_config,
+    to_toml,
 )
-from hqod_ops.quant.pact import PACT
-from hqod_ops.quant.params import (
+from hqod_ops.quant.dataflow import place_on_producers, placement
+from hqod_ops.quant.export import detection_network, export_onnx
+from hqod_ops.quant.nn import fold_batch_norm, freeze_batch_norm, use_level_batch_norm
+from hqod_ops.quant.parameters import (
     float_state_dict,
     load_float_state_dict,
     parameter_groups,
     quantizer_parameters,
 )
-from hqod_ops.quant.plan import LayerPlan, Plan, plan_qat
 from hqod_ops.quant.prepare import prepare_qat
-from hqod_ops.quant.producers import Placement, place_on_producers, placement
-from hqod_ops.quant.quantizer import Quantizer
-from hqod_ops.quant.quantizers import QUANTIZERS
-from hqod_ops.quant.summary import LayerSummary, Summary, summary
-from hqod_ops.quant.toml import from_toml, load_config, save_config, to_toml
-from hqod_ops.quant.tqt import TQT, TQTFrozen
+from hqod_ops.quant.quantizers import reset_levels
+from hqod_ops.quant.summary import summary
 
 __all__ = [
-    "DSQ",
-    "DoReFa",
-    "EMAMSE",
-    "EMAMinMax",
-    "ExportError",
-    "ExportReport",
-    "FLOAT_BITS",
-    "LSQ",
-    "LSQInit",
-    "LSQPlus",
-    "LayerPlan",
-    "LayerSummary",
-    "LevelBatchNorm2d",
-    "MSE",
-    "MinMax",
-    "MinMaxSTE",
-    "NMS",
-    "OBSERVERS",
-    "Observer",
-    "PACT",
-    "PRESETS",
-    "Percentile",
-    "Placement",
-    "Plan",
-    "PowerOfTwo",
-    "PowerOfTwoRange",
     "QATConfig",
-    "QATConv2d",
-    "QATConvTranspose2d",
-    "QATLayer",
-    "QATLinear",
-    "QUANTIZERS",
-    "Quantizer",
     "Rule",
-    "Summary",
-    "TQT",
-    "TQTFrozen",
     "calibrate",
     "detection_network",
     "export_onnx",
@@ -111,3 +66,13 @@ __all__ = [
     "to_toml",
     "use_level_batch_norm",
 ]
+
+_WINGS = ("config", "quantizers", "observers", "nn", "dataflow", "export", "summary")
+
+
+def __getattr__(name: str) -> Any:
+    for wing in _WINGS:
+        module = importlib.import_module(f"{__name__}.{wing}")
+        if name in module.__all__:
+            return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

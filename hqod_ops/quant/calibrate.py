@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hqod_ops.quant._run import call, evaluating
-from hqod_ops.quant.layers import QATLayer
-from hqod_ops.quant.levels import reset_levels
+from hqod_ops.quant.batches import call, evaluating
+from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.observers import gather
-from hqod_ops.quant.quantizer import Observed, Quantizer
+from hqod_ops.quant.quantizers.base import Observed, Quantizer
+from hqod_ops.quant.quantizers.calls import reset_levels
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

@@ -7,14 +7,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from hqod_ops.quant._choice import make_quantizer
-from hqod_ops.quant.batch_norm import fold_batch_norm, freeze_batch_norm
-from hqod_ops.quant.config import FLOAT_BITS, Patterns, QATConfig, changed, get_config
-from hqod_ops.quant.foreach import WeightPool
-from hqod_ops.quant.layers import TWINS, QATLayer
-from hqod_ops.quant.levels import CountsCalls
-from hqod_ops.quant.plan import LayerPlan, float_layers, plan_layers
-from hqod_ops.quant.quantizer import Quantizer
+from hqod_ops.quant.config.plan import LayerPlan, float_layers, plan_layers
+from hqod_ops.quant.config.qat_config import FLOAT_BITS, QATConfig, changed, get_config
+from hqod_ops.quant.nn.batch_norm import fold_batch_norm, freeze_batch_norm
+from hqod_ops.quant.nn.layers import TWINS, QATLayer
+from hqod_ops.quant.nn.weight_pool import WeightPool
+from hqod_ops.quant.patterns import Patterns
+from hqod_ops.quant.quantizers.base import Quantizer
+from hqod_ops.quant.quantizers.calls import CountsCalls
+from hqod_ops.quant.quantizers.choice import make_quantizer
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

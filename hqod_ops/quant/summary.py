@@ -10,11 +10,13 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant._run import call, evaluating
-from hqod_ops.quant._table import bits_text, text_table
-from hqod_ops.quant.config import FLOAT_BITS
-from hqod_ops.quant.layers import QATLayer
-from hqod_ops.quant.quantizer import Quantizer
+from hqod_ops.quant.batches import call, evaluating
+from hqod_ops.quant.config.qat_config import FLOAT_BITS
+from hqod_ops.quant.nn.layers import QATLayer
+from hqod_ops.quant.quantizers.base import Quantizer
+from hqod_ops.tables import bits_text, text_table
+
+__all__ = ["LayerSummary", "Summary", "summary"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

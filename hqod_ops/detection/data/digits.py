@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hqod_ops.detection._extras import require
-from hqod_ops.detection.data import _drawing as draw
+from hqod_ops.detection.data import drawing as draw
 from hqod_ops.detection.data.coco_format import Annotation, coco_dict
 from hqod_ops.detection.data.dataset import DetectionDataset, Target, Transform
 

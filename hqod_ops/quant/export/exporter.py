@@ -23,7 +23,7 @@ from hqod_ops.quant.export.nms import NMS, append_nms
 from hqod_ops.quant.export.record import quantizers, read_grids, record
 from hqod_ops.quant.export.trace import trace
 from hqod_ops.quant.export.verify import Verification, check_expressible, verify
-from hqod_ops.quant.quantizer import Quantizer
+from hqod_ops.quant.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)

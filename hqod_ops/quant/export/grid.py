@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hqod_ops.functional import fake_quant
 from hqod_ops.quant.export._extras import require
-from hqod_ops.quant.quantizer import Quantizer
+from hqod_ops.quant.quantizers.base import Quantizer
 
 Array = npt.NDArray[Any]
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hqod_ops.quant.dataflow.attach import Arrived, tag
 from hqod_ops.quant.export.grid import Array, Grid, read_grid
-from hqod_ops.quant.layers import QATLayer
-from hqod_ops.quant.levels import reset_levels
-from hqod_ops.quant.quantizer import Quantizer
-from hqod_ops.quant.sites import Arrived, tag
+from hqod_ops.quant.nn.layers import QATLayer
+from hqod_ops.quant.quantizers.base import Quantizer
+from hqod_ops.quant.quantizers.calls import reset_levels
 
 
 def quantizers(model: nn.Module) -> tuple[dict[str, Quantizer], dict[str, QATLayer]]:

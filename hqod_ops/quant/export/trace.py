@@ -14,8 +14,8 @@ from hqod_ops.quant.export._extras import require
 from hqod_ops.quant.export.evaluate import first_line
 from hqod_ops.quant.export.grid import BASE_OPSET, Grid
 from hqod_ops.quant.export.record import call_name, quantizers
-from hqod_ops.quant.levels import reset_levels
-from hqod_ops.quant.quantizer import Quantizer
+from hqod_ops.quant.quantizers.base import Quantizer
+from hqod_ops.quant.quantizers.calls import reset_levels
 
 DOMAIN = "hqod"
 PLACEHOLDER = "FakeQuant"

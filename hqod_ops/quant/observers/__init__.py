@@ -1,6 +1,6 @@
 """Observers: they look at data and say with which scale (and zero point) to start."""
 
-from hqod_ops.quant.observers._base import (
+from hqod_ops.quant.observers.base import (
     MAX_BITS,
     MIN_BITS,
     Observer,
@@ -11,10 +11,10 @@ from hqod_ops.quant.observers._base import (
     gather,
     scale_for_range,
 )
-from hqod_ops.quant.observers._histogram import MSE, Percentile
-from hqod_ops.quant.observers._power_of_two import PowerOfTwo, PowerOfTwoRange
-from hqod_ops.quant.observers._ranges import EMAMinMax, LSQInit, MinMax
-from hqod_ops.quant.observers._search import EMAMSE
+from hqod_ops.quant.observers.histogram import MSE, Percentile
+from hqod_ops.quant.observers.power_of_two import PowerOfTwo, PowerOfTwoRange
+from hqod_ops.quant.observers.ranges import EMAMinMax, LSQInit, MinMax
+from hqod_ops.quant.observers.search import EMAMSE
 
 OBSERVERS: dict[str, type[Observer]] = {
     "minmax": MinMax,

@@ -1,0 +1,331 @@
+"""Quantizers of activations where these are made, once for all readers, with ReLUs taken in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import zip_longest
+from typing import Any
+
+from torch import nn
+
+from hqod_ops.quant.dataflow.attach import (
+    Arrived,
+    Attached,
+    Slots,
+    can_absorb,
+    quantize_functions,
+    quantize_module,
+    restart,
+    verify_attached,
+)
+from hqod_ops.quant.dataflow.trace import Dataflow, Site, trace_dataflow
+from hqod_ops.quant.nn.layers import QATLayer
+from hqod_ops.quant.prepare import track_calls
+from hqod_ops.quant.quantizers.base import ACTIVATIONS, Quantizer
+from hqod_ops.tables import text_table
+
+
+@dataclass(frozen=True)
+class PlacedQuantizer:
+    """A quantizer that works where its tensors are made.
+
+    Attributes:
+        name (str): full name of the quantizer, that of the first reader's.
+        producers (tuple of str): what makes the tensors, in the order of its levels: a module's
+            name, or an owner's name and a function; with the number of the call where there are
+            several.
+        readers (tuple of str): the layers that read them.
+        absorbed (str, optional): ``"relu"`` or ``"relu6"``, if it has taken that in.
+    """
+
+    name: str
+    producers: tuple[str, ...]
+    readers: tuple[str, ...]
+    absorbed: str | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What :func:`place_on_producers` has done; ``print`` shows it as a table.
+
+    Attributes:
+        placed (tuple of PlacedQuantizer): the quantizers that were moved to the producers.
+        own (tuple of str): layers that are the only readers of their inputs, and there is no ReLU
+            to take in: a quantizer at the input is the same.
+        left (mapping of str to str): layers that keep a quantizer of their own for another reason.
+        untraced (mapping of str to str): modules whose ``forward`` cannot be traced to its end, and
+            why. What they called before, and the pieces in them, were looked at nevertheless.
+    """
+
+    placed: tuple[PlacedQuantizer, ...] = ()
+    own: tuple[str, ...] = ()
+    left: Mapping[str, str] = field(default_factory=dict)
+    untraced: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = []
+        for entry in self.placed:
+            columns = zip_longest(entry.producers, [entry.absorbed or ""], entry.readers)
+            rows += [[cell or "" for cell in cells] for cells in columns]
+        parts = [text_table(["quantized behind", "takes in", "read by"], rows)] if rows else []
+        reasons: dict[str, list[str]] = {}
+        if self.own:
+            reasons["they alone read it"] = list(self.own)
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            parts.append("\n  ".join([f"quantized at the input, as {reason}:", *names]))
+        return "\n\n".join(parts)
+
+
+def placement(model: nn.Module) -> Placement:
+    """What :func:`place_on_producers` has done to a model; empty if it was not called.
+
+    Args:
+        model (nn.Module): the model that it was given.
+    """
+    found: Placement = model.__dict__.get("_hqod_placement", Placement())
+    return found
+
+
+def place_on_producers(
+    model: nn.Module, *, skip: str | Sequence[str] = (), absorb_relu: bool = True
+) -> Placement:
+    """Quantize activations where they are made, once, instead of at the input of every layer.
+
+    All readers of such a tensor then see it quantized, also residual additions, poolings and the
+    outputs of modules, as in the HQOD code; several layers that read one tensor share one quantizer
+    (the first one's), and the backbone's outputs are not quantized again in the neck. Where the
+    producer is a ReLU or ReLU6, as a module or a function, the quantizer takes it in: one op, equal
+    in value and gradient to the two, with no tensor between them.
+
+    Who reads what is found with ``torch.fx``, but nothing is replaced by a trace: modules keep
+    their names, parameters, classes (``ReLU`` and ``ReLU6`` become subclasses) and their own
+    ``forward``. Where a trace ends, in the parts of a detector that depend on data, layers keep the
+    quantizers at their inputs, and the report says so. That the inputs come from where a trace has
+    seen them is verified by :func:`calibrate`.
+
+    Replace modules before, not after: the next forward pass of the model would raise an error. Only
+    a conversion to ``nn.SyncBatchNorm`` is followed.
+
+    Shared heads keep one scale a level; the levels are numbered in the order in which their tensors
+    are made.
+
+    Args:
+        model (nn.Module): a model from :func:`prepare_qat`, not calibrated yet; the one that was
+            given to it.
+        skip (str or sequence of str): names or globs of layers that keep the quantizer of their
+            own, as all do that read the same tensors. Default: none
+        absorb_relu (bool): take in ReLU and ReLU6. Default: True
+
+    Returns:
+        Placement: also to be had later by :func:`placement`.
+
+    Raises:
+        ValueError: the model is not prepared, calibrated already, was given before, or a pattern of
+            skip fits no layer.
+
+    Source: the placement of quantizers of the HQOD code (arXiv:2408.02561).
+
+    Example:
+        >>> from torch import nn
+        >>> from hqod_ops.quant import QATConfig, prepare_qat
+        >>> from hqod_ops.quant.dataflow.producers import place_on_producers
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+        >>> report = place_on_producers(prepare_qat(model, "w8a8"))
+        >>> report.placed[0].absorbed, report.placed[0].producers, report.placed[0].readers
+        ('relu', ('1',), ('2',))
+    """
+    layers = _layers(model, skip)
+    flow = trace_dataflow(model)
+    names = {module: name for name, module in model.named_modules()}
+    order = {site: index for index, site in reversed(list(enumerate(flow.order)))}
+    groups = _groups(flow, layers)
+    unreached = {layer: _barrier(names[layer], flow, names) for layer in layers}
+    placed, own, left = [], [], {}
+    for group in groups:
+        group.sites.sort(key=order.__getitem__)
+        readers = [layer for layer in group.layers if layer in layers]
+        for layer in group.layers:
+            unreached.pop(layer, None)
+        if not readers:
+            continue
+        group.problem = group.problem or _problem(group, flow, layers, names)
+        if absorb_relu and group.problem is None:
+            group.activation = _activation(group, flow)
+        if group.problem is not None:
+            left.update({names[layer]: group.problem for layer in readers})
+        elif group.activation is None and not flow.shared.intersection(group.sites):
+            own += [names[layer] for layer in readers]
+        else:
+            placed.append(group)
+    placed.sort(key=lambda group: order[group.sites[0]])
+    left.update({names[layer]: reason for layer, reason in unreached.items()})
+    report = Placement(
+        tuple(_move(group, flow, names) for group in placed),
+        tuple(own),
+        left,
+        {names[module] or type(module).__name__: why for module, why in flow.failures.items()},
+    )
+    _attach(placed, flow)
+    track_calls(model)
+    model.__dict__["_hqod_attached"] = Attached(model)
+    model.register_forward_pre_hook(verify_attached)
+    model.__dict__["_hqod_placement"] = report
+    return report
+
+
+def _layers(model: nn.Module, skip: str | Sequence[str]) -> dict[nn.Module, str | None]:
+    """The layers with a quantizer of the input, and why one is left as it is."""
+    if "_hqod_placement" in model.__dict__:
+        raise ValueError("model: expected one whose quantizers were not placed on producers yet")
+    patterns = [skip] if isinstance(skip, str) else list(skip)
+    layers: dict[nn.Module, str | None] = {}
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, QATLayer) and module.input_quantizer is not None:
+            if module.input_quantizer.calibrated:
+                raise ValueError(
+                    f"model: expected one that is not calibrated yet, {name!r} is: place its "
+                    "quantizers first"
+                )
+            fits = [pattern for pattern in patterns if fnmatchcase(name, pattern)]
+            found.update(fits)
+            layers[module] = "asked for" if fits else None
+    if not layers:
+        raise ValueError("model: expected a model from prepare_qat, it has no quantized input")
+    for pattern in patterns:
+        if pattern not in found:
+            raise ValueError(f"skip: no layer with a quantized input fits the pattern {pattern!r}")
+    return layers
+
+
+@dataclass(eq=False)
+class _Group:
+    """Layers and the sites of the tensors that they read, connected: one quantizer serves all."""
+
+    layers: list[nn.Module]
+    sites: list[Site]
+    problem: str | None = None
+    activation: str | None = None
+
+    @property
+    def quantizer(self) -> Quantizer:
+        quantizer = self.layers[0].input_quantizer
+        assert isinstance(quantizer, Quantizer)
+        return quantizer
+
+
+def _groups(flow: Dataflow, layers: Mapping[nn.Module, str | None]) -> list[_Group]:
+    groups: list[_Group] = []
+    for layer, reads in flow.reads.items():
+        sites = list(dict.fromkeys(read.site for read in reads if read.site is not None))
+        problem = next((read.problem for read in reads if read.problem), layers.get(layer))
+        group = _Group([layer], sites, problem)
+        for other in [g for g in groups if set(g.sites).intersection(sites)]:
+            groups.remove(other)
+            group = _Group(
+                [*other.layers, *group.layers],
+                list(dict.fromkeys([*other.sites, *group.sites])),
+                other.problem or group.problem,
+            )
+        groups.append(group)
+    return groups
+
+
+def _problem(
+    group: _Group,
+    flow: Dataflow,
+    layers: Mapping[nn.Module, str | None],
+    names: Mapping[nn.Module, str],
+) -> str | None:
+    """Why the layers of a group cannot share one quantizer at the producers."""
+    for layer in group.layers:
+        if layer not in layers:
+            return f"{names[layer]} reads the same tensor in float"
+    settings = [_settings(layer.input_quantizer) for layer in group.layers]
+    for layer, setting in zip(group.layers, settings, strict=True):
+        if setting != settings[0]:
+            return f"{names[group.layers[0]]} and {names[layer]} quantize the same tensor otherwise"
+    for site in group.sites:
+        callers = {owner for owner, what in flow.calls if what is site.what}
+        if isinstance(site.what, nn.Module) and len(callers) > 1:
+            return f"{names[site.what]} is called by several modules"
+    return None
+
+
+def _settings(quantizer: Any) -> tuple[Any, ...]:
+    """What two quantizers must have in common to be one."""
+    attributes = vars(quantizer).items()
+    given = {key: value for key, value in attributes if key[0] != "_" and key != "label"}
+    return type(quantizer), given
+
+
+def _barrier(name: str, flow: Dataflow, names: Mapping[nn.Module, str]) -> str:
+    """Why no trace reaches a layer."""
+    around = [m for m in flow.failures if f"{name}.".startswith(f"{names[m]}.") or not names[m]]
+    if not around:
+        return "no trace reaches them"
+    nearest = max(around, key=lambda module: len(names[module]))
+    return f"forward of {type(nearest).__name__} cannot be traced: {flow.failures[nearest]}"
+
+
+def _activation(group: _Group, flow: Dataflow) -> str | None:
+    """The activation that the quantizer of a group can take in: the producer of all its tensors."""
+    kinds = {_activation_name(site.what) for site in group.sites}
+    if len(kinds) != 1 or flow.kept.intersection(group.sites):
+        return None
+    return kinds.pop() if can_absorb(group.quantizer) else None
+
+
+def _activation_name(what: nn.Module | str) -> str | None:
+    if isinstance(what, str):
+        return what if what in ACTIVATIONS else None
+    return {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(what))
+
+
+def _move(group: _Group, flow: Dataflow, names: Mapping[nn.Module, str]) -> PlacedQuantizer:
+    """Make one quantizer of those of a group, and let the layers take their inputs as they are."""
+    quantizer = group.quantizer
+    quantizer.activation = group.activation
+    places = tuple(_site_name(site, flow, names) for site in group.sites)
+    for index, layer in enumerate(group.layers):
+        if index:
+            # A plain attribute: the state_dict has the quantizer once, with the first reader.
+            del layer._modules["input_quantizer"]
+            layer.__dict__["input_quantizer"] = quantizer
+        layer.__dict__["quantized_input"] = Arrived(names[layer], quantizer, places)
+    readers = tuple(names[layer] for layer in group.layers)
+    return PlacedQuantizer(quantizer.label, places, readers, group.activation)
+
+
+def _site_name(site: Site, flow: Dataflow, names: Mapping[nn.Module, str]) -> str:
+    if isinstance(site.what, str):
+        name = ":".join([names[site.owner] or type(site.owner).__name__, site.what])
+    else:
+        name = names[site.what]
+    return name if flow.calls[site.owner, site.what] == 1 else f"{name}#{site.index + 1}"
+
+
+def _attach(groups: Sequence[_Group], flow: Dataflow) -> None:
+    """Put the quantizers behind their sites."""
+    quantizers = {site: group.quantizer for group in groups for site in group.sites}
+    keys = dict.fromkeys((site.owner, site.what) for site in quantizers)
+    functions: dict[nn.Module, dict[str, Slots]] = {}
+    counted: dict[nn.Module, list[Slots]] = {}
+    for owner, what in keys:
+        calls = range(flow.calls[owner, what])
+        slots = Slots([quantizers.get(Site(owner, what, index)) for index in calls])
+        if isinstance(what, str):
+            functions.setdefault(owner, {})[what] = slots
+            continue
+        quantize_module(what, slots)
+        if slots.counts:
+            counted.setdefault(owner, []).append(slots)
+    for owner, all_slots in counted.items():
+        restart(owner, all_slots)
+    for owner, by_name in functions.items():
+        children = [what for caller, what in flow.calls if caller is owner]
+        quantize_functions(owner, by_name, [m for m in children if isinstance(m, nn.Module)])

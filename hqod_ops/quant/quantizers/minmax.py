@@ -1,0 +1,84 @@
+"""Plain straight-through fake quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqod_ops.quant.quantizers.fixed_scale import FixedScale
+from hqod_ops.quant.quantizers.state import Codes
+
+
+class MinMaxSTE(FixedScale):
+    """The range found in calibration, and the straight-through gradient: nothing is learned.
+
+    ``y = (clamp(round(x / s) + z, qmin, qmax) - z) * s`` by :func:`hqod_ops.fake_quant`, s and z
+    those of the observer. The baseline that the quantizers with learned scales are measured by.
+
+    Args:
+        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int), device, dtype:
+            see :class:`Quantizer`.
+        observer (str): see :class:`Quantizer`. Default: ``"minmax"``
+        symmetric (bool): zero point 0; else the codes span the range from its least value to its
+            greatest. Default: True
+
+    Raises:
+        ValueError: bits is outside 2..8, the observer is unknown or, for ``symmetric=False``, finds
+            no zero point.
+
+    Gradient: ``dx = dy`` where the unclamped code is in range, else 0.
+
+    Source: integer-arithmetic-only inference (arXiv:1712.05877), section 3.
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops.quant import MinMaxSTE
+        >>> quantizer = MinMaxSTE(2, symmetric=False)
+        >>> quantizer.set_scale(torch.tensor([0.5]), False, zero_point=torch.tensor([1.0]))
+        >>> quantizer(torch.tensor([-0.8, 0.2, 0.6, 3.0])).tolist()
+        [-0.5, 0.0, 0.5, 1.0]
+    """
+
+    values = ("scale", "zero_point")
+
+    def __init__(
+        self,
+        bits: int,
+        *,
+        signed: bool | None = None,
+        ch_axis: int | None = None,
+        channels: int = 1,
+        observer: str = "minmax",
+        symmetric: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            bits,
+            signed=signed,
+            ch_axis=ch_axis,
+            channels=channels,
+            observer=observer,
+            device=device,
+            dtype=dtype,
+        )
+        self.symmetric = symmetric
+        self._check_observer()
+
+    def effective_zero_point(self, level: int = 0) -> Tensor | None:
+        # Rounded, as fake_quant does: an average of models need not be whole.
+        return None if self.symmetric else self._value("zero_point", level).round()
+
+    def arguments(self, level: int = 0) -> dict[str, Any]:
+        return {**super().arguments(level), "zero_point": self.effective_zero_point(level)}
+
+    def _encode(
+        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
+    ) -> dict[str, Tensor]:
+        return {"scale": scale, "zero_point": scale * 0 if zero_point is None else zero_point}
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, symmetric={self.symmetric}"

@@ -1,0 +1,1 @@
+"""Training runs: settings, loop, checkpoints, evaluation, reports; ``hqod train`` and ``demo``."""

@@ -1,0 +1,231 @@
+"""Results of many runs in one table, and in pictures."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Subset
+
+from hqod_ops.detection.harmony import HarmonyReport
+from hqod_ops.detection.plots import draw_detections, plot_harmony
+from hqod_ops.training.run import CONFIG, HARMONY, RESULT, load_detector, open_data, predict
+from hqod_ops.training.settings import ConfigError
+
+COLUMNS = {"AP": 100.0, "AP50": 100.0, "AP75": 100.0, "pearson": 1.0, "gap": 1.0}
+"""Columns of the table and the factor their values are shown with."""
+
+_HEADINGS = {"pearson": "score-IoU correlation", "gap": "mean abs(score - IoU)"}
+
+_SHOWN = 8
+"""Test images in the picture of detections."""
+
+_SHOWN_SCORE = 0.25
+
+
+def read_result(directory: str | Path) -> dict[str, Any]:
+    """The result of a finished run, with its settings under ``"config"``.
+
+    Args:
+        directory (str or Path): directory of the run.
+
+    Raises:
+        ConfigError: it holds no finished run.
+    """
+    directory = Path(directory)
+    try:
+        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+        result["config"] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: expected the directory of a finished run ({error.strerror})"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{directory}: broken result: {error}") from None
+    return dict(result)
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+    """Directories of finished runs: those given, and those found below the ones given.
+
+    Raises:
+        ConfigError: there is none at or below a path.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        below = sorted(result.parent for result in path.rglob(RESULT))
+        if not below:
+            raise ConfigError(f"{path}: expected a finished run there or below, found none")
+        found += below
+    return list(dict.fromkeys(found))
+
+
+def label(config: Mapping[str, Any]) -> str:
+    """What a run is called in a table: its bits and its loss.
+
+    Example:
+        >>> from hqod_ops.training.settings import RunConfig, to_dict
+        >>> from hqod_ops.training.report import label
+        >>> label(to_dict(RunConfig()))
+        'FP32'
+    """
+    quant, loss = config["quant"], config["loss"]
+    name = f"{quant['bits']}-bit LSQ" if quant["bits"] else "FP32"
+    if loss["hqod"]:
+        name += " + HQOD"
+        if loss["variant"] != "official":
+            name += f" ({loss['variant']})"
+    return name
+
+
+def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation over the runs that differ in their seed alone.
+
+    Args:
+        results (sequence of mapping): what :func:`read_result` gives.
+
+    Returns:
+        list of dict: one for each group in order of appearance: ``label`` (with the names of its
+        runs, where another group has the same), ``seeds``, ``runs`` (number of runs), and for each
+        metric ``{"mean": ..., "std": ...}``, None without a value and, for std, with one.
+
+    Example:
+        >>> from hqod_ops.training.settings import RunConfig, to_dict
+        >>> from hqod_ops.training.report import aggregate
+        >>> metrics = {"AP": 0.5, "AP50": 0.8, "AP75": 0.6, "pearson": 0.7, "gap": 0.2}
+        >>> runs = [{**metrics, "AP": ap, "config": to_dict(RunConfig(seed=s))}
+        ...         for s, ap in enumerate((0.4, 0.5, 0.6))]
+        >>> row = aggregate(runs)[0]
+        >>> row["label"], row["seeds"], round(row["AP"]["mean"], 3), round(row["AP"]["std"], 3)
+        ('FP32', [0, 1, 2], 0.5, 0.1)
+    """
+    rows = []
+    for name, members in _by_settings(results).items():
+        runs = [results[i] for i in members]
+        row: dict[str, Any] = {
+            "label": name,
+            "seeds": [run["config"]["seed"] for run in runs],
+            "runs": len(runs),
+        }
+        for column in COLUMNS:
+            values = [run[column] for run in runs if run[column] is not None]
+            row[column] = {
+                "mean": statistics.fmean(values) if values else None,
+                "std": statistics.stdev(values) if len(values) > 1 else None,
+            }
+        rows.append(row)
+    return rows
+
+
+def _by_settings(results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """For each label, the indices of the runs that differ in their seed alone.
+
+    Where two groups have the same label, the names of their runs are added.
+    """
+    groups: dict[str, list[int]] = {}
+    for i, result in enumerate(results):
+        # The checkpoint to start from has the seed in its path, the name may have it.
+        shared = {k: v for k, v in result["config"].items() if k not in _SEED_DEPENDENT}
+        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
+    labels = [label(results[members[0]]["config"]) for members in groups.values()]
+    repeated = Counter(labels)
+    for k, members in enumerate(groups.values()):
+        if repeated[labels[k]] > 1:
+            labels[k] += f" ({', '.join(results[i]['config']['name'] for i in members)})"
+    return dict(zip(labels, groups.values(), strict=True))
+
+
+_SEED_DEPENDENT = {"seed", "init", "name", "device"}
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of :func:`aggregate` as a Markdown table.
+
+    Example:
+        >>> from hqod_ops.training.report import COLUMNS, markdown
+        >>> row = {"label": "FP32", "runs": 1, **{c: {"mean": 0.5, "std": None} for c in COLUMNS}}
+        >>> print(markdown([row]).splitlines()[-1])
+        | FP32 | 50.0 | 50.0 | 50.0 | 0.500 | 0.500 |
+    """
+    several = any(row["runs"] > 1 for row in rows)
+    heads = ["model", *(_HEADINGS.get(c, c) for c in COLUMNS), *(["runs"] if several else [])]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " + "| ---: " * (len(heads) - 1) + "|"]
+    for row in rows:
+        cells = [str(row["label"]), *(_cell(row[c], factor) for c, factor in COLUMNS.items())]
+        cells += [str(row["runs"])] if several else []
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Mapping[str, float | None], factor: float) -> str:
+    digits = 1 if factor > 1 else 3
+    mean, std = value["mean"], value["std"]
+    if mean is None:
+        return "-"
+    text = f"{factor * mean:.{digits}f}"
+    return text if std is None else f"{text} ± {factor * std:.{digits}f}"
+
+
+def write_report(runs: Iterable[str | Path], output: Path | None = None) -> str:
+    """Aggregate finished runs; with ``output``, also write ``report.md`` and ``report.json`` there.
+
+    Args:
+        runs (iterable of str or Path): directories of runs, or directories above them.
+        output (Path, optional): directory for the two files. Default: None
+
+    Returns:
+        str: the Markdown table.
+
+    Raises:
+        ConfigError: there is no finished run at or below a path.
+    """
+    rows = aggregate([read_result(directory) for directory in find_runs(runs)])
+    table = markdown(rows)
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "report.md").write_text(table + "\n", encoding="utf-8")
+        text = json.dumps(rows, indent=2, allow_nan=False) + "\n"
+        (output / "report.json").write_text(text, encoding="utf-8")
+    return table
+
+
+def draw_report(runs: Iterable[str | Path], output: Path, *, progress: bool = True) -> None:
+    """Draw what finished runs found; of runs that differ in their seed alone, the first one.
+
+    ``harmony.png`` shows the score-IoU density of each, ``detections.png`` the last one's
+    detections on some test images, which must still be where its settings say.
+
+    Args:
+        runs (iterable of str or Path): directories of runs, or directories above them.
+        output (Path): directory for the two files.
+        progress (bool): show a progress bar where the output is a terminal. Default: True
+
+    Raises:
+        ConfigError: there is no finished run at or below a path, or it lacks its checkpoint.
+        OSError: a run lacks its ``harmony.npz``.
+        DataError: the test images cannot be used; ``harmony.png`` is written all the same.
+        ImportError: matplotlib is missing.
+    """
+    directories = find_runs(runs)
+    groups = _by_settings([read_result(directory) for directory in directories])
+    firsts = {name: directories[members[0]] for name, members in groups.items()}
+    reports = {name: HarmonyReport.load(path / HARMONY) for name, path in firsts.items()}
+    plot_harmony(reports, output / "harmony.png")
+    model, config, categories = load_detector(list(firsts.values())[-1])
+    # Of scenes that are drawn, no more than are shown; of files, the first ones.
+    dataset = open_data(replace(config.data, test_images=_SHOWN))
+    shown = Subset(dataset, range(min(_SHOWN, len(dataset))))
+    outputs, targets = predict(model, shown, config.test, progress=progress)
+    draw_detections(
+        [dataset[i][0] for i in shown.indices],
+        outputs,
+        targets,
+        output / "detections.png",
+        categories=categories,
+        score_threshold=_SHOWN_SCORE,
+    )

@@ -1,0 +1,38 @@
+"""The examples of README.md and docs/ run and print what the text says; links lead somewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#]+)")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples(page: Path) -> None:
+    """The blocks of a page run in order, in one namespace; a text block after one is its output."""
+    text = page.read_text(encoding="utf-8")
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for match in BLOCK.finditer(text):
+        code, expected = match.groups()
+        line = text.count("\n", 0, match.start()) + 1
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+        if expected is not None:
+            assert printed.getvalue() == expected, f"{page.name}:{line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links(page: Path) -> None:
+    """Links to files of the repository lead somewhere."""
+    targets = LINK.findall(page.read_text(encoding="utf-8"))
+    paths = [page.parent / target for target in targets if "://" not in target]
+    assert [path for path in paths if not path.exists()] == []

@@ -1,0 +1,110 @@
+"""The demonstration from end to end, and the tables made of its runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("pycocotools")
+pytest.importorskip("matplotlib")
+
+from hqod_ops.cli import main
+from hqod_ops.training.demo import LENGTHS, demo_configs
+from hqod_ops.training.report import COLUMNS, aggregate, find_runs, label, markdown
+from hqod_ops.training.settings import (
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    QuantConfig,
+    RunConfig,
+    to_dict,
+)
+from hqod_ops.training.trainer import Trainer
+
+LABELS = ["FP32", "4-bit LSQ", "4-bit LSQ + HQOD", "2-bit LSQ", "2-bit LSQ + HQOD"]
+
+
+def test_quick_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["demo", "--quick", "--runs", str(tmp_path), "--threads", "1", "--quiet"]
+    assert main(argv) == 0
+    first = capsys.readouterr().out
+    directory = tmp_path / "demo-quick"
+    for name in ("harmony.png", "detections.png"):
+        assert (directory / name).read_bytes().startswith(b"\x89PNG")
+    table = (directory / "report.md").read_text()
+    assert table in first
+    assert [line.split(" | ")[0][2:] for line in table.splitlines()[2:]] == LABELS
+    for config in demo_configs(LENGTHS["quick"], 0, "demo-quick/seed0", tmp_path):
+        log = (tmp_path / config.name / "log.jsonl").read_text().splitlines()
+        losses = [json.loads(line)["loss"] for line in log]
+        assert len(losses) == config.schedule.epochs and losses[-1] <= losses[0]
+
+    # What is finished is not trained again.
+    monkeypatch.setattr(Trainer, "step", None)
+    assert main(argv) == 0
+    assert table in capsys.readouterr().out
+
+
+def test_a_pair_differs_in_its_loss_alone() -> None:
+    configs = [to_dict(c) for c in demo_configs(LENGTHS["standard"], 5, "demo", Path("runs"))]
+    assert [label(c) for c in configs] == LABELS
+    for plain, hqod in (configs[1:3], configs[3:5]):
+        assert plain["init"] == hqod["init"] == "runs/demo/fp32/last.pt"
+        differ = {k for k in plain if plain[k] != hqod[k]}
+        assert differ == {"name", "loss"}
+        assert {**plain["loss"], "hqod": True} == hqod["loss"]
+    assert all(c["seed"] == 5 and c["data"] == configs[0]["data"] for c in configs)
+
+
+def _result(ap: float | None, **changes: object) -> dict[str, object]:
+    metrics = dict.fromkeys(COLUMNS, 0.5)
+    return {**metrics, "AP": ap, "config": to_dict(RunConfig(**changes))}  # type: ignore[arg-type]
+
+
+def test_aggregate_over_seeds() -> None:
+    quant = QuantConfig(bits=2)
+    results = [
+        _result(0.50, seed=0, name="a/w2", init="a"),
+        _result(0.30, seed=0, quant=quant),
+        _result(0.54, seed=1, name="b/w2", init="b"),
+        _result(0.40, seed=0, quant=quant, loss=LossConfig(hqod=True)),
+    ]
+    rows = aggregate(results)
+    assert [row["label"] for row in rows] == ["FP32", "2-bit LSQ", "2-bit LSQ + HQOD"]
+    assert [row["seeds"] for row in rows] == [[0, 1], [0], [0]]
+    assert rows[0]["AP"]["mean"] == pytest.approx(0.52)
+    assert rows[0]["AP"]["std"] == pytest.approx(0.02 * 2**0.5)
+    assert rows[1]["AP"]["std"] is None
+    lines = markdown(rows).splitlines()
+    assert lines[2].startswith("| FP32 | 52.0 ± 2.8 | 50.0 ± 0.0 |") and lines[2].endswith("| 2 |")
+    assert lines[3].startswith("| 2-bit LSQ | 30.0 | 50.0 |")
+
+
+def test_a_missing_metric_is_a_dash() -> None:
+    assert "| FP32 | - | 50.0 |" in markdown(aggregate([_result(None)]))
+
+
+def test_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a finished run there or below, found none"):
+        find_runs([tmp_path])
+
+
+def test_rows_of_the_same_label_name_their_runs() -> None:
+    """Two data sets are two rows, which would both read FP32."""
+    runs = [
+        {**dict.fromkeys(COLUMNS, 0.5), "config": to_dict(config)}
+        for config in (
+            RunConfig(name="cats"),
+            RunConfig(name="dogs-0", data=DataConfig(source="dogs")),
+            RunConfig(name="dogs-1", data=DataConfig(source="dogs"), seed=1),
+            RunConfig(name="w4", quant=QuantConfig(bits=4)),
+        )
+    ]
+    labels = [row["label"] for row in aggregate(runs)]
+    assert labels == ["FP32 (cats)", "FP32 (dogs-0, dogs-1)", "4-bit LSQ"]

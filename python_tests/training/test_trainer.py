@@ -1,0 +1,372 @@
+"""Training: resumed runs give the same bits, interrupts leave a checkpoint, schedules are right."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torchvision")
+pytest.importorskip("sklearn")
+pytest.importorskip("pycocotools")
+
+from hqod_ops.detection.data import DigitScenes, write_coco
+from hqod_ops.detection.models.atss import ATSS
+from hqod_ops.quant import quantizer_parameters
+from hqod_ops.training.run import HARMONY, RESULT, Run, load_detector, open_data, predict
+from hqod_ops.training.settings import (
+    ConfigError,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    QuantConfig,
+    RunConfig,
+    ScheduleConfig,
+    assignment,
+    from_dict,
+    to_dict,
+)
+from hqod_ops.training.trainer import (
+    CHECKPOINT,
+    LOG,
+    Interrupted,
+    Trainer,
+    batch_images,
+    learning_rate,
+    make_optimizer,
+    read_checkpoint,
+    training_targets,
+)
+
+TINY = ModelConfig(stem=8, widths=(8, 8, 16), channels=8, head_depth=1, groups=2)
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def tiny_config(name: str, **changes: Any) -> RunConfig:
+    base = RunConfig(
+        name=name,
+        device="cpu",
+        data=DataConfig(size=64, train_images=12, test_images=4),
+        model=TINY,
+        loss=LossConfig(hqod=True),
+        quant=QuantConfig(calibration_images=4),
+        schedule=ScheduleConfig(epochs=3, batch_size=4),
+    )
+    return replace(base, **changes)
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal to the bit, tensors within nested containers included."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)
+
+
+def _without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
+
+
+class _StopAt:
+    """Send the process a Ctrl-C in a step of the training."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+        self.left, self.original = step, Trainer.step
+        monkeypatch.setattr(Trainer, "step", lambda trainer, *args: self(trainer, *args))
+
+    def __call__(self, trainer: Trainer, *args: Any) -> dict[str, float]:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.original(trainer, *args)
+
+
+@pytest.mark.parametrize("bits", [0, 4], ids=["float", "w4"])
+@pytest.mark.parametrize("stop", [1, 5, 9], ids=["first epoch", "second epoch", "last step"])
+def test_resumed_training_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, stop: int
+) -> None:
+    quant = QuantConfig(bits=bits, calibration_images=4)
+    whole = tiny_config("whole", quant=quant)
+    result = Run(whole, tmp_path).train(progress=False)
+
+    parts = replace(whole, name="parts")
+    with monkeypatch.context() as patch:
+        _StopAt(patch, stop)
+        with pytest.raises(Interrupted, match=f"in epoch {(stop - 1) // 3 + 1}"):
+            Run(parts, tmp_path).train(progress=False)
+    assert not (tmp_path / "parts" / RESULT).exists()
+    torch.rand(7)  # the random state of the process that resumes is another one
+    resumed = Run(parts, tmp_path, resume=True).train(progress=False)
+
+    a, b = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
+    assert a["epoch"] == b["epoch"] == 3
+    for key in ("model", "optimizer", "scheduler", "rng", "cuda_rng"):
+        assert _same(a[key], b[key]), key
+    assert _without_times(a["history"]) == _without_times(b["history"])
+    assert {**result, "seconds": 0} == pytest.approx({**resumed, "seconds": 0}, abs=0, nan_ok=True)
+
+
+def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
+    states = [
+        (Run(tiny_config(name, seed=seed), tmp_path).train(progress=False), name)[1]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    a, b, c = (read_checkpoint(tmp_path / name)["model"] for name in states)
+    assert _same(a, b) and not _same(a, c)
+
+
+def test_what_a_run_leaves(tmp_path: Path) -> None:
+    config = tiny_config("demo/run")
+    result = Run(config, tmp_path).train(progress=False)
+    directory = tmp_path / "demo" / "run"
+    names = {"config.json", LOG, CHECKPOINT, HARMONY, RESULT}
+    assert {path.name for path in directory.iterdir()} == names
+    lines = [json.loads(line) for line in (directory / LOG).read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert all(math.isclose(line["loss"], sum(line["terms"].values())) for line in lines)
+    assert from_dict(RunConfig, json.loads((directory / "config.json").read_text())) == config
+    stored = json.loads((directory / RESULT).read_text())
+    assert stored["epochs"] == 3 and stored["AP"] == result["AP"]
+
+
+def test_loaded_detector_is_the_trained_one(tmp_path: Path) -> None:
+    quant = QuantConfig(bits=2, weight_init="lsq", calibration_images=4)
+    Run(tiny_config("w2", quant=quant), tmp_path).train(progress=False)
+    model, config, categories = load_detector(tmp_path / "w2")
+    assert config.quant.bits == 2 and categories == [str(i) for i in range(10)]
+    outputs, targets = predict(model, open_data(config.data), progress=False)
+    assert len(outputs) == len(targets) == 4
+    assert len(quantizer_parameters(model)) > 0
+
+
+def test_quantized_run_starts_from_the_float_one(tmp_path: Path) -> None:
+    Run(tiny_config("float"), tmp_path).train(progress=False)
+    init = str(tmp_path / "float" / CHECKPOINT)
+    still = replace(ScheduleConfig(epochs=1, batch_size=4), lr=0.0)
+    config = tiny_config(
+        "w8", init=init, quant=QuantConfig(8, calibration_images=4), schedule=still
+    )
+    Run(config, tmp_path).train(progress=False)
+    start, end = (read_checkpoint(tmp_path / name)["model"] for name in ("float", "w8"))
+    weights = [k for k in start if k.endswith("weight")]
+    assert weights and all(torch.equal(start[k], end[k]) for k in weights)
+    with pytest.raises(ConfigError, match="init: expected the checkpoint of a float model"):
+        init = str(tmp_path / "w8")
+        Run(tiny_config("again", init=init), tmp_path).train(progress=False)
+
+
+def test_calibration_sees_a_sample_one_batch_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[int] = []
+    ahead: list[int] = []
+    original = DigitScenes.load
+
+    def load(dataset: DigitScenes, index: int) -> Any:
+        loaded.append(index)
+        return original(dataset, index)
+
+    def look(network: object, batches: Iterable[torch.Tensor], **options: object) -> None:
+        for number, batch in enumerate(batches, start=1):
+            ahead.append(len(loaded) - 4 * number)
+            assert batch.shape == (4, 3, 64, 64)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DigitScenes, "load", load)
+    monkeypatch.setattr("hqod_ops.training.run.calibrate", look)
+    seen = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        loaded.clear()
+        quant = QuantConfig(bits=4, calibration_images=8)
+        with pytest.raises(KeyboardInterrupt):
+            Run(tiny_config(name, seed=seed, quant=quant), tmp_path).train(progress=False)
+        seen.append(list(loaded))
+    assert ahead == [0] * 6
+    assert all(len(set(order)) == 8 and order != sorted(order) for order in seen)
+    assert seen[0] == seen[1] != seen[2]
+
+
+def _digit_files(root: Path, change: Callable[[dict[str, Any]], None], *changed: str) -> DataConfig:
+    """Digits in COCO's layout, with a change of the annotations of some splits."""
+    for split in ("train", "val"):
+        write_coco(DigitScenes(split, num_images=4, size=64), root, split)
+    for split in changed:
+        file = root / "annotations" / f"instances_{split}.json"
+        content = json.loads(file.read_text())
+        change(content)
+        file.write_text(json.dumps(content))
+    return DataConfig(source=str(root), size=64)
+
+
+def _one_less(content: dict[str, Any]) -> None:
+    content["annotations"] = []
+    del content["categories"][-1]
+
+
+def _renamed(content: dict[str, Any]) -> None:
+    content["categories"][3]["name"] = "drei"
+
+
+def _other_ids(content: dict[str, Any]) -> None:
+    content["categories"][3]["id"] = 99
+    content["annotations"] = []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_one_less, "expected the 10 classes of data.train_split, got 9 classes"),
+        (_renamed, "got 'drei' for '3' as class 4 of 10"),
+        (_other_ids, "got '4' for '3' as class 4 of 10"),
+    ],
+)
+def test_train_and_test_classes_are_the_same(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    data = _digit_files(tmp_path / "data", change, "val")
+    with pytest.raises(ConfigError, match=f"^data.test_split: .*{message}"):
+        Run(tiny_config("run", data=data), tmp_path).train(progress=False)
+    assert not (tmp_path / "run" / CHECKPOINT).exists()
+
+
+def test_classes_to_start_from_are_those_of_the_data(tmp_path: Path) -> None:
+    Run(tiny_config("float"), tmp_path).train(progress=False)
+    data = _digit_files(tmp_path / "data", _renamed, "train", "val")
+    config = tiny_config("w4", data=data, init=str(tmp_path / "float"))
+    with pytest.raises(ConfigError, match="^init: .*got '3' for 'drei' as class 4 of 10"):
+        Run(config, tmp_path).train(progress=False)
+
+
+def test_existing_runs_are_safe(tmp_path: Path) -> None:
+    config = tiny_config("run")
+    Run(config, tmp_path).train(progress=False)
+    with pytest.raises(ConfigError, match="holds a run already"):
+        Run(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"cannot resume: seed was 0 and is now 1"):
+        Run(replace(config, seed=1), tmp_path, resume=True)
+
+
+def test_schedules() -> None:
+    rate = learning_rate(ScheduleConfig(epochs=10, warmup=0.2), 50)
+    values = [rate(step) for step in range(501)]
+    assert values[0] == 0.04 and values[100] == 1.0 and values[500] == pytest.approx(0.001)
+    assert values.index(max(values)) == 100 and sorted(values[100:], reverse=True) == values[100:]
+    published = ScheduleConfig(epochs=16, policy="step", steps=(8, 14), warmup=1e-3)
+    rate = learning_rate(published, 10)
+    assert [rate(s) for s in (0, 10, 79, 80, 139, 140)] == pytest.approx(
+        [1e-3, 1, 1, 0.1, 0.1, 0.01]
+    )
+
+
+def test_optimizer_groups_hold_every_parameter_once() -> None:
+    from hqod_ops.training.run import quantize
+
+    model = ATSS(TINY, 10)
+    quantize(model, QuantConfig(bits=4))
+    schedule = ScheduleConfig(weight_decay=0.1, lr=1.0)
+    matrices, rest, scales = make_optimizer(
+        model, schedule, QuantConfig(bits=4, scale_lr=0.25, scale_decay=0.01)
+    ).param_groups
+    grouped = [id(p) for group in (matrices, rest, scales) for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    assert {id(p) for p in scales["params"]} == {id(p) for p in quantizer_parameters(model)}
+    assert (matrices["weight_decay"], rest["weight_decay"], scales["weight_decay"]) == (
+        0.1,
+        0,
+        0.01,
+    )
+    assert scales["initial_lr" if "initial_lr" in scales else "lr"] == 0.25
+
+
+def test_diverged_loss_stops(tmp_path: Path) -> None:
+    config = tiny_config("run")
+    model = ATSS(TINY, 10)
+    trainer = Trainer(model, open_data(config.data, train=True), config, tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the loss is not finite in epoch 1: cls = nan"):
+        trainer.fit(progress=False)
+
+
+def test_batches_are_padded_with_grey() -> None:
+    images = [torch.ones(3, 20, 30), torch.zeros(3, 16, 16)]
+    batch = batch_images(images, torch.device("cpu"), 16)
+    assert batch.shape == (2, 3, 32, 32)
+    assert (batch[0, :, :20, :30] == 2).all() and (batch[1, :, :16, :16] == -2).all()
+    assert (batch[0, :, 20:] == 0).all() and (batch[1, :, :, 16:] == 0).all()
+
+
+def test_crowds_are_not_learned() -> None:
+    target = {
+        "boxes": torch.rand(3, 4),
+        "labels": torch.tensor([1, 2, 3]),
+        "iscrowd": torch.tensor([0, 1, 0]),
+    }
+    (clean,) = training_targets([target], torch.device("cpu"))
+    assert clean["labels"].tolist() == [1, 3] and clean["boxes"].shape == (2, 4)
+
+
+def test_too_few_images(tmp_path: Path) -> None:
+    schedule = ScheduleConfig(epochs=1, batch_size=13)
+    with pytest.raises(ConfigError, match="schedule.batch_size: expected at most the 12"):
+        Run(tiny_config("run", schedule=schedule), tmp_path).train(progress=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"schedul": {}}, "schedul: no such setting; expected one of data"),
+        ({"quant": {"bits": "four"}}, "quant.bits: expected int, got 'four'"),
+        ({"quant": {"bits": 1}}, "quant.bits: expected 0 \\(off\\) or 2 to 8, got 1"),
+        ({"quant": 4}, "quant: expected a table, got 4"),
+        ({"loss": {"variant": "x"}}, "loss.variant: expected one of 'official', 'geometric'"),
+        ({"model": {"widths": [8, 0.5]}}, "model.widths: expected a list of integers"),
+        ({"schedule": {"epochs": 0}}, "schedule.epochs: expected at least 1, got 0"),
+    ],
+)
+def test_bad_settings(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_dict(RunConfig, values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("schedule.lr=-1", "schedule.lr=inf", "schedule.weight_decay=-1", "schedule.warmup=-0.1"),
+        *("model.groups=0", "model.stem=0", "model.channels=0", "model.anchor_scale=0"),
+        *("model.widths=[0,1,2]", "loss.topk=0", "test.max_detections=0", "test.nms_iou=-1"),
+        *("quant.edge_bits=1", "quant.edge_bits=99", "quant.calibration_images=0"),
+        *("quant.calibration_images=-1", "data.workers=-1", "data.train_images=0", "seed=-1"),
+    ],
+)
+def test_settings_out_of_range(text: str) -> None:
+    name = text.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"^{name}: expected (at least|a value in) .*, got "):
+        from_dict(RunConfig, assignment(text))
+
+
+def test_settings_survive_json() -> None:
+    config = tiny_config("x")
+    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert assignment("model.widths=[8, 16]") == {"model": {"widths": [8, 16]}}
+    with pytest.raises(ConfigError, match="--set: expected table.setting=value"):
+        assignment("lr")
