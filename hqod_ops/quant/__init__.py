@@ -29,9 +29,9 @@ from hqod_ops.quant.config import (
     save_config,
     to_toml,
 )
-from hqod_ops.quant.dataflow import place_on_producers, placement
+from hqod_ops.quant.dataflow import fold_batch_norm, place_on_producers, placement
 from hqod_ops.quant.export import detection_network, export_onnx
-from hqod_ops.quant.nn import fold_batch_norm, freeze_batch_norm, use_level_batch_norm
+from hqod_ops.quant.nn import freeze_batch_norm, use_level_batch_norm
 from hqod_ops.quant.parameters import (
     float_state_dict,
     load_float_state_dict,

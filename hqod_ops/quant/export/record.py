@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hqod_ops.quant.dataflow.attach import Arrived, tag
 from hqod_ops.quant.export.grid import Array, Grid, read_grid
 from hqod_ops.quant.nn.layers import QATLayer
+from hqod_ops.quant.nn.upstream import tag
 from hqod_ops.quant.quantizers.base import Quantizer
 from hqod_ops.quant.quantizers.calls import reset_levels
 
@@ -83,10 +83,9 @@ def record(model: nn.Module, example: tuple[Any, ...]) -> Recording:
 
         return hook
 
-    def verify(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        arrived = layer.__dict__.get("quantized_input")
-        if isinstance(arrived, Arrived) and layer.input_quantizer in others.values():
-            arrived.verify(args[0])
+    def verify(layer: Any, args: tuple[Tensor, ...]) -> None:
+        if layer.upstream is not None and layer.input_quantizer in others.values():
+            layer.upstream.verify(args[0])
 
     others, _ = quantizers(model)
     handles = [q.register_forward_hook(keep(name, q)) for name, q in others.items()]

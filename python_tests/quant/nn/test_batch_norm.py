@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hqod_ops.quant import QATConfig, calibrate, prepare_qat
-from hqod_ops.quant.nn.batch_norm import fold_batch_norm, freeze_batch_norm
+from hqod_ops.quant.dataflow.fold import fold_batch_norm
+from hqod_ops.quant.nn.batch_norm import freeze_batch_norm
 from hqod_ops.quant.nn.level_norm import LevelBatchNorm2d, use_level_batch_norm
 
 CONFIG = QATConfig(8, 8, first=(), prediction=())
