@@ -10,23 +10,13 @@ its attributes ``shared_weight`` and ``upstream``, and what makes a tensor that 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
 from hqod_ops.quant.quantizers.calls import CountsCalls
 
 _KEY = "_hqod"
-
-
-class _Pool(Protocol):
-    def open(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _Expected(Protocol):
-    def verify(self, model: nn.Module) -> None: ...
 
 
 @dataclass(eq=False)
@@ -42,8 +32,8 @@ class Runtime:
     """
 
     counting: list[CountsCalls] = field(default_factory=list)
-    weights: _Pool | None = None
-    expected: _Expected | None = None
+    weights: Any = None
+    expected: Any = None
     placement: Any = None
 
 

@@ -51,9 +51,8 @@ def _check_choice(name: str, value: str | None, allowed: Iterable[str]) -> None:
 
 def _check_settings(settings: Rule | QATConfig) -> None:
     """What rules and configurations have in common, each setting by itself."""
-    for name in ("weight_bits", "act_bits", "edge_bits"):
-        if hasattr(settings, name):
-            _set_bits(settings, name)
+    for name in ("weight_bits", "act_bits"):
+        _set_bits(settings, name)
     for name in ("weight_init", "act_init"):
         _check_choice(name, getattr(settings, name), OBSERVERS)
     _check_choice("scale_mode", settings.scale_mode, SCALE_MODES)
@@ -207,6 +206,7 @@ class QATConfig:
 
     def __post_init__(self) -> None:
         _check_settings(self)
+        _set_bits(self, "edge_bits")
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_MODES)
         _check_choice("placement", self.placement, PLACEMENTS)
         if self.weight_bits != FLOAT_BITS:

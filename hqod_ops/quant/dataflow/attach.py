@@ -9,6 +9,7 @@ pickles of the model have their own.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import CodeType
@@ -101,18 +102,18 @@ class PlacedForward:
         for quantizers in self.inner:
             quantizers.reset()
         quantizer = None if self.behind is None else self.behind.next()
-        return quantized(quantizer, self._run, args, kwargs)
+        if quantizer is None:
+            return self._run(*args, **kwargs)
+        return _quantized(quantizer, self._run, args, kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if self.functions:
-            with _FunctionMode(self):
-                return self._original(*args, **kwargs)
-        return self._original(*args, **kwargs)
-
-    def _original(self, *args: Any, **kwargs: Any) -> Any:
-        if self._forward is not None:
-            return self._forward(*args, **kwargs)
-        return type(self._module).forward(self._module, *args, **kwargs)
+        forward = self._forward
+        if forward is None:
+            forward = functools.partial(type(self._module).forward, self._module)
+        if not self.functions:
+            return forward(*args, **kwargs)
+        with _FunctionMode(self):
+            return forward(*args, **kwargs)
 
     def move(self, module: nn.Module) -> None:
         """Be the forward of another module, which has taken the place of the first."""
@@ -131,12 +132,8 @@ class PlacedForward:
         return inspect.signature(type(self._module).forward.__get__(self._module))
 
 
-def quantized(
-    quantizer: Quantizer | None, function: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:
+def _quantized(quantizer: Quantizer, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """What a quantizer makes of a function's result, in calibration with a tag."""
-    if quantizer is None:
-        return function(*args, **kwargs)
     if quantizer.activation is not None:  # and that is what the function does
         y = quantizer(args[0] if args else kwargs["input"])
     else:
@@ -157,7 +154,10 @@ class _FunctionMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         found = None if self._forward.paused else self._forward.functions.get(func)
-        return quantized(None if found is None else found.next(), func, args, kwargs or {})
+        quantizer = None if found is None else found.next()
+        if quantizer is None:
+            return func(*args, **(kwargs or {}))
+        return _quantized(quantizer, func, args, kwargs or {})
 
 
 def placed_forward(module: nn.Module) -> PlacedForward:

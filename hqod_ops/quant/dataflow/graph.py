@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from hqod_ops.quant.quantizers.base import ACTIVATIONS
+
 INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 """The operators that have a form which works in place."""
 _SAME = {"truediv": "div", "concat": "cat", "concatenate": "cat"}
 # Functions whose results are numbers, or are not the work of a function at run time.
 _NO_TENSOR = frozenset({"getattr", "getitem", "size", "dim", "numel", "stride", "item", "tolist"})
-
-
-_RELUS = (nn.ReLU, nn.ReLU6)
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ class Recorder:
         self.containers = {
             m
             for m in root.modules()
-            if any(x in readers or isinstance(x, _RELUS) for x in m.modules() if x is not m)
+            if any(x in readers or activation(x) for x in m.modules() if x is not m)
         }
         """Modules with a reader or an activation in them."""
 
@@ -215,7 +214,7 @@ class Recorder:
             self.flow.readers.setdefault(site, set()).update(readers)
             if len(readers) > 1 or None in readers:
                 self.flow.shared.add(site)
-            if is_relu(site.what) and self._rereads(node, order):
+            if activation(site.what) and self._rereads(node, order):
                 self.flow.reread.add(site)
         for node, module in self._modules.items():
             if module in self.readers:
@@ -297,9 +296,11 @@ class Recorder:
         return "an item of another value"
 
 
-def is_relu(what: nn.Module | str) -> bool:
-    """Whether a module or a function of that name is an activation that a quantizer can take in."""
-    return what in ("relu", "relu6") or type(what) in _RELUS
+def activation(what: nn.Module | str) -> str | None:
+    """The name of the activation that a module or a function is, if a quantizer can take it in."""
+    if isinstance(what, str):
+        return what if what in ACTIVATIONS else None
+    return {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(what))
 
 
 def _target_name(node: fx.Node) -> str:

@@ -17,12 +17,12 @@ from hqod_ops.quant.dataflow.attach import (
     pause_within,
     placed_forward,
 )
-from hqod_ops.quant.dataflow.graph import Dataflow, Site
+from hqod_ops.quant.dataflow.graph import Dataflow, Site, activation
 from hqod_ops.quant.dataflow.trace import trace_dataflow
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.nn.upstream import UpstreamQuantizer
-from hqod_ops.quant.quantizers.base import ACTIVATIONS, Quantizer
-from hqod_ops.quant.runtime import find_runtime, track_calls
+from hqod_ops.quant.quantizers.base import Quantizer
+from hqod_ops.quant.runtime import find_runtime, runtime, track_calls
 from hqod_ops.tables import text_table
 
 
@@ -150,6 +150,9 @@ def place_on_producers(
         ('relu', ('1',), ('2',))
     """
     layers = _layers(model, skip)
+    state = runtime(model)
+    if state.expected is not None:
+        state.expected.verify(model)
     flow = trace_dataflow(model)
     names = {module: name for name, module in model.named_modules()}
     order = {site: index for index, site in reversed(list(enumerate(flow.order)))}
@@ -181,7 +184,7 @@ def place_on_producers(
         {names[module] or type(module).__name__: why for module, why in flow.failures.items()},
     )
     _attach(placed, flow)
-    state = track_calls(model)
+    track_calls(model)
     state.expected, state.placement = ExpectedModules(model), report
     return report
 
@@ -284,16 +287,10 @@ def _barrier(name: str, flow: Dataflow, names: Mapping[nn.Module, str]) -> str:
 
 def _activation(group: _Group, flow: Dataflow) -> str | None:
     """The activation that the quantizer of a group can take in: the producer of all its tensors."""
-    kinds = {_activation_name(site.what) for site in group.sites}
+    kinds = {activation(site.what) for site in group.sites}
     if len(kinds) != 1 or flow.reread.intersection(group.sites):
         return None
     return kinds.pop() if can_absorb(group.quantizer) else None
-
-
-def _activation_name(what: nn.Module | str) -> str | None:
-    if isinstance(what, str):
-        return what if what in ACTIVATIONS else None
-    return {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(what))
 
 
 def _move(group: _Group, flow: Dataflow, names: Mapping[nn.Module, str]) -> PlacedQuantizer:
