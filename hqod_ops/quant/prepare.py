@@ -38,7 +38,8 @@ def prepare_qat(
     fake-quantizes its weight and its input; nothing is traced, so any control flow works. Batch
     normalisation is left as it is, and trains, unless ``config.batch_norm`` says otherwise. Next,
     run :func:`calibrate`; until then, the model raises an error when it is called.
-    :func:`plan_qat` shows what will be done.
+    :func:`plan_qat` shows what will be done. With ``config.placement="producers"`` inputs are
+    quantized where they are made, as :func:`place_on_producers` does it; :func:`placement` reports.
 
     The first convolution, with the image as its input, and the prediction layers get
     ``config.edge_bits`` bits. They are those of ``first`` and ``prediction`` here or in config;

@@ -103,10 +103,10 @@ class PlacedForward:
             quantizers.reset()
         quantizer = None if self.behind is None else self.behind.next()
         if quantizer is None:
-            return self._run(*args, **kwargs)
-        return _quantized(quantizer, self._run, args, kwargs)
+            return self._call_module(*args, **kwargs)
+        return _quantized(quantizer, self._call_module, args, kwargs)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def _call_module(self, *args: Any, **kwargs: Any) -> Any:
         forward = self._forward
         if forward is None:
             forward = functools.partial(type(self._module).forward, self._module)
