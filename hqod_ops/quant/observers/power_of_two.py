@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hqod_ops.quant.observers.base import Observer, code_range
+from hqod_ops.quant.observers.base import Observer, ObserverOptions, code_range
 from hqod_ops.quant.observers.search import Groups, least_error
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 LEAST, GREATEST = -7, 12
 """The exponents e of the scales 2^-e."""
@@ -25,8 +28,8 @@ class PowerOfTwo(Observer):
     kept within -7..12. A batch of zeros does not vote.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), symmetric (bool, True): see
-            :class:`Observer`. As long as the sign is open, there is a vote for both.
+        bits (int), **options: see :class:`Observer`; symmetric must be True. As long as the sign
+            is open, there is a vote for both.
 
     Source: the "PoT mode" observer of the HQOD code.
 
@@ -43,15 +46,8 @@ class PowerOfTwo(Observer):
     _statistics = ("_votes", "_dtype")
     _dtype: torch.dtype
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        symmetric: bool = True,
-    ) -> None:
-        super().__init__(bits, signed=signed, ch_axis=ch_axis, symmetric=symmetric)
+    def __init__(self, bits: int, **options: Unpack[ObserverOptions]) -> None:
+        super().__init__(bits, **options)
         self._votes: dict[bool, Tensor] = {}
 
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hqod_ops.quant.observers.base import Observer, RangeObserver, code_range, weighted_mean
+from hqod_ops.quant.observers.base import (
+    Observer,
+    ObserverOptions,
+    RangeObserver,
+    code_range,
+    weighted_mean,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class MinMax(RangeObserver):
@@ -45,8 +54,7 @@ class EMAMinMax(RangeObserver):
     """The range of a batch, averaged exponentially over batches; the first is copied.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), symmetric (bool): see
-            :class:`Observer`.
+        bits (int), **options: see :class:`Observer`.
         momentum (float): weight of the past. Default: 0.9
 
     Raises:
@@ -67,15 +75,9 @@ class EMAMinMax(RangeObserver):
     _high: Tensor
 
     def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        symmetric: bool = True,
-        momentum: float = 0.9,
+        self, bits: int, *, momentum: float = 0.9, **options: Unpack[ObserverOptions]
     ) -> None:
-        super().__init__(bits, signed=signed, ch_axis=ch_axis, symmetric=symmetric)
+        super().__init__(bits, **options)
         self.momentum = check_momentum(momentum)
 
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:

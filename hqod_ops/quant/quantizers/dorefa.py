@@ -22,8 +22,7 @@ class DoReFa(FixedScale):
     (the paper leaves the first and the last layer in float).
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int),
-            observer (str), device, dtype: see :class:`Quantizer`.
+        bits (int), **options: see :class:`Quantizer`.
 
     Raises:
         ValueError: bits is outside 2..8, or the observer is unknown.
@@ -49,5 +48,5 @@ class DoReFa(FixedScale):
         squeezed = x.to(torch.promote_types(x.dtype, self.scale.dtype)).tanh()
         return squeezed / (squeezed.abs().amax() + GUARD) if x.numel() else squeezed
 
-    def _observed(self, x: Tensor) -> Tensor:
+    def _to_observe(self, x: Tensor) -> Tensor:
         return self.transform(x)

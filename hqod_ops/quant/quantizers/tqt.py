@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hqod_ops.quant.quantizers.base import Quantizer
 from hqod_ops.quant.quantizers.fixed_scale import FixedScale
-from hqod_ops.quant.quantizers.state import Codes, per_level
+from hqod_ops.quant.quantizers.state import Codes, StateOptions, Values, per_level
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -40,9 +44,9 @@ def exact_log2(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(whole, exponent.to(x.dtype) - 1, x.log2()), whole
 
 
-def _range_exponents(ranges: Sequence[Codes]) -> list[int]:
+def _range_exponents(codes: Sequence[Codes]) -> list[int]:
     """log2(threshold / scale) of each level."""
-    return [(high + 1).bit_length() - 1 for _, high in ranges]
+    return [(high + 1).bit_length() - 1 for _, high in codes]
 
 
 class TQT(Quantizer):
@@ -58,8 +62,7 @@ class TQT(Quantizer):
     in the middle of its interval, where a step in either direction does not change the scale yet.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int), device, dtype:
-            see :class:`Quantizer`.
+        bits (int), **options: see :class:`Quantizer`.
         observer (str): see :class:`Quantizer`. Default: ``"power_of_two"``
         grad_scale (float or str, optional): factor of the gradient of t, see
             :func:`hqod_ops.fake_quant`; None is the paper's, which trains thresholds with Adam.
@@ -92,23 +95,11 @@ class TQT(Quantizer):
         self,
         bits: int,
         *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        channels: int = 1,
         observer: str = "power_of_two",
         grad_scale: float | str | None = "lsq",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[StateOptions],
     ) -> None:
-        super().__init__(
-            bits,
-            signed=signed,
-            ch_axis=ch_axis,
-            channels=channels,
-            observer=observer,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(bits, observer=observer, **options)
         self.grad_scale = grad_scale
 
     def effective_scale(self, level: int = 0) -> Tensor:
@@ -121,14 +112,12 @@ class TQT(Quantizer):
         # Exactly 1, with the derivative of 2^t over 2^t; NaN for a threshold that is not finite.
         return scale * (1 + math.log(2) * (threshold - threshold.detach()))
 
-    def _encode(
-        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
-    ) -> dict[str, Tensor]:
+    def _encode(self, scale: Tensor, zero_point: Tensor | None, codes: Sequence[Codes]) -> Values:
         exponent, whole = exact_log2(scale)
         return {
             "log2_threshold": exponent
             - 0.5 * whole.to(scale.dtype)
-            + per_level(_range_exponents(ranges), scale)
+            + per_level(_range_exponents(codes), scale)
         }
 
 
@@ -141,8 +130,7 @@ class TQTFrozen(FixedScale):
     cannot find and which would zero the tensor; that is left out.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int), device, dtype:
-            see :class:`Quantizer`.
+        bits (int), **options: see :class:`Quantizer`.
         observer (str): see :class:`Quantizer`; official are ``"power_of_two"``, and for the input
             of the network ``"power_of_two_range"``. Default: ``"power_of_two"``
         official_ties (bool): round negative halves up, -1.5 to -1, as the official code does for
@@ -168,24 +156,20 @@ class TQTFrozen(FixedScale):
         self,
         bits: int,
         *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        channels: int = 1,
         observer: str = "power_of_two",
         official_ties: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[StateOptions],
     ) -> None:
-        super().__init__(
-            bits,
-            signed=signed,
-            ch_axis=ch_axis,
-            channels=channels,
-            observer=observer,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(bits, observer=observer, **options)
         self.official_ties = official_ties
+
+    def onnx_problem(self, level: int = 0) -> str | None:
+        if not self.official_ties or self.codes(level)[0] >= 0:
+            return None
+        return (
+            "ONNX rounds halves to even, it cannot express official_ties, which rounds negative "
+            "ones up"
+        )
 
     def transform(self, x: Tensor, level: int = 0) -> Tensor:
         if not self.official_ties:
@@ -198,9 +182,7 @@ class TQTFrozen(FixedScale):
             nudge = torch.where(tie, scale / 4, torch.zeros_like(scale))
         return wide + nudge
 
-    def _encode(
-        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
-    ) -> dict[str, Tensor]:
+    def _encode(self, scale: Tensor, zero_point: Tensor | None, codes: Sequence[Codes]) -> Values:
         exponent, _ = exact_log2(scale)
         return {"scale": power_of_two(exponent.ceil()).to(scale.dtype)}
 
