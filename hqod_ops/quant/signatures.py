@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import typing
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack as Unpack
+else:  # annotations are not evaluated: Python 3.10 does without
+    Unpack = getattr(typing, "Unpack", None)
 
 
 class _Signature:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hqod_ops.quant.observers.base import ObserverOptions, RangeObserver
 from hqod_ops.quant.observers.search import Groups, check_steps, least_error_shrink
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from hqod_ops.quant.signatures import Unpack
 
 BLOCK = 2**20
 """Values that are sorted into bins at once, which bounds the memory beside the histogram."""

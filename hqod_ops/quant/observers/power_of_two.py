@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from hqod_ops.quant.observers.base import Observer, ObserverOptions, code_range
+from hqod_ops.quant.observers.base import Observer, code_range
 from hqod_ops.quant.observers.search import Groups, least_error
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 LEAST, GREATEST = -7, 12
 """The exponents e of the scales 2^-e."""
@@ -44,13 +41,12 @@ class PowerOfTwo(Observer):
     candidates: ClassVar[int] = 5
     """How many exponents to choose from, from e0 on."""
     _statistics = ("_votes", "_dtype")
+    _votes: dict[bool, Tensor]
     _dtype: torch.dtype
 
-    def __init__(self, bits: int, **options: Unpack[ObserverOptions]) -> None:
-        super().__init__(bits, **options)
-        self._votes: dict[bool, Tensor] = {}
-
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
+        if not self.count:
+            self._votes = {}
         self._dtype = rows.dtype
         groups = Groups.single(rows)
         for signed in (False, True) if self._fixed_sign is None else (self._fixed_sign,):

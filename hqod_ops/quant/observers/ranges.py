@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,7 @@ from hqod_ops.quant.observers.base import (
     code_range,
     weighted_mean,
 )
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from hqod_ops.quant.signatures import Unpack
 
 
 class MinMax(RangeObserver):
@@ -50,7 +48,7 @@ class MinMax(RangeObserver):
         return self._low, self._high
 
 
-class EMAMinMax(RangeObserver):
+class EMAMinMax(MinMax):
     """The range of a batch, averaged exponentially over batches; the first is copied.
 
     Args:
@@ -70,10 +68,6 @@ class EMAMinMax(RangeObserver):
         tensor([1.1000])
     """
 
-    _statistics = ("_low", "_high")
-    _low: Tensor
-    _high: Tensor
-
     def __init__(
         self, bits: int, *, momentum: float = 0.9, **options: Unpack[ObserverOptions]
     ) -> None:
@@ -89,9 +83,6 @@ class EMAMinMax(RangeObserver):
     def _merge(self, states: Sequence[dict[str, Any]]) -> None:
         self._low = weighted_mean(states, [state["_low"] for state in states])
         self._high = weighted_mean(states, [state["_high"] for state in states])
-
-    def _range(self) -> tuple[Tensor, Tensor]:
-        return self._low, self._high
 
 
 def check_momentum(momentum: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,7 @@ from hqod_ops.quant.observers.base import (
     weighted_mean,
 )
 from hqod_ops.quant.observers.ranges import check_momentum
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from hqod_ops.quant.signatures import Unpack
 
 SEARCH_SIZE = 2**22
 """Borders between codes that are looked up at once, which bounds the memory of a search."""

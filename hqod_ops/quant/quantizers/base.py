@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,7 @@ from hqod_ops.functional import fake_quant
 from hqod_ops.quant.observers.base import Observer, check_bits, code_range
 from hqod_ops.quant.observers.registry import OBSERVERS, check_observer
 from hqod_ops.quant.quantizers.state import Codes, ScaleState, StateOptions, Values
-from hqod_ops.quant.signatures import PassesOn
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from hqod_ops.quant.signatures import PassesOn, Unpack
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -120,11 +117,7 @@ class Quantizer(PassesOn, ScaleState, ABC):
     quantizer :attr:`absorbs`."""
 
     def __init__(
-        self,
-        bits: int,
-        *,
-        observer: str = "ema_mse",
-        **options: Unpack[StateOptions],
+        self, bits: int, *, observer: str = "ema_mse", **options: Unpack[StateOptions]
     ) -> None:
         check_observer(observer, self.symmetric)
         if options.get("ch_axis") is not None and not self.per_channel:

@@ -24,9 +24,6 @@ class DoReFa(FixedScale):
     Args:
         bits (int), **options: see :class:`Quantizer`.
 
-    Raises:
-        ValueError: bits is outside 2..8, or the observer is unknown.
-
     Gradient: straight-through for the rounding, where the unclamped code is in range; the true
     derivative of v, its maximum included.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +15,8 @@ from hqod_ops.quant.quantizers.learned_scale import (
     clamp_through,
 )
 from hqod_ops.quant.quantizers.state import Codes, Values
+from hqod_ops.quant.signatures import Unpack
 from hqod_ops.reference import lsq_grad_scale
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class DSQ(LinearScale):
@@ -44,8 +41,7 @@ class DSQ(LinearScale):
             :func:`hqod_ops.fake_quant`; None is the HQOD code's. Default: ``"lsq"``
 
     Raises:
-        ValueError: bits is outside 2..8, alpha is out of range, or scale_mode or observer is
-            unknown.
+        ValueError: alpha is out of range, scale_mode is unknown, and as :class:`Quantizer`.
 
     Source: DSQ (arXiv:1908.05033), section 3.1, with the details of the HQOD code.
 

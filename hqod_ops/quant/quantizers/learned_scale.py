@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hqod_ops.quant.quantizers.base import Quantizer, QuantizerOptions
 from hqod_ops.quant.quantizers.state import Codes, Values
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from hqod_ops.quant.signatures import Unpack
 
 SCALE_MODES = ("abs", "clamp", "softplus", "raw")
 EPS = torch.finfo(torch.float32).eps
 """Lower bound of a scale (float32's machine epsilon, as in the official code)."""
-
-
-def check_scale_mode(mode: str) -> str:
-    """A way to keep a scale positive.
-
-    Raises:
-        ValueError: there is no such way.
-    """
-    if mode not in SCALE_MODES:
-        raise ValueError(f"scale_mode: expected one of {', '.join(SCALE_MODES)}, got {mode!r}")
-    return mode
 
 
 def clamp_through(x: Tensor, low: float, high: float | None = None) -> Tensor:
@@ -36,18 +22,11 @@ def clamp_through(x: Tensor, low: float, high: float | None = None) -> Tensor:
 
 
 def positive(value: Tensor, mode: str) -> Tensor:
-    """The positive scale that a parameter stands for.
-
-    - ``"abs"``: ``s = max(|v|, eps)``, as in the official code, see :func:`write_back`.
-    - ``"clamp"``: ``s = max(v, eps)``, with the gradient of s passed to v also below eps, so that a
-      scale that has sunk below can rise again.
-    - ``"softplus"``: ``s = max(log(1 + exp(v)), eps)``: smooth, but it learns a small scale more
-      slowly, by the factor ``1 - exp(-s)``.
-    - ``"raw"``: ``s = v``, nothing guarded.
+    """The positive scale s that a parameter v stands for.
 
     Args:
         value (Tensor[*]): v.
-        mode (str): ``"abs"``, ``"clamp"``, ``"softplus"`` or ``"raw"``.
+        mode (str): of :data:`SCALE_MODES`, see :class:`hqod_ops.quant.LSQ`.
 
     Example:
         >>> positive(torch.tensor([-0.5, 2.0]), "abs")
@@ -93,7 +72,7 @@ class LearnedScale(Quantizer):
 
     Args:
         bits (int), **options: see :class:`Quantizer`.
-        scale_mode (str): see :func:`positive`. Default: ``"abs"``
+        scale_mode (str): see :class:`hqod_ops.quant.LSQ`. Default: ``"abs"``
 
     Raises:
         ValueError: scale_mode is unknown, and as :class:`Quantizer`.
@@ -103,7 +82,11 @@ class LearnedScale(Quantizer):
         self, bits: int, *, scale_mode: str = "abs", **options: Unpack[QuantizerOptions]
     ) -> None:
         super().__init__(bits, **options)
-        self.scale_mode = check_scale_mode(scale_mode)
+        if scale_mode not in SCALE_MODES:
+            raise ValueError(
+                f"scale_mode: expected one of {', '.join(SCALE_MODES)}, got {scale_mode!r}"
+            )
+        self.scale_mode = scale_mode
 
     @property
     def writes_back(self) -> bool:

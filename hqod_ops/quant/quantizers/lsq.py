@@ -33,7 +33,7 @@ class LSQ(LinearScale):
         grad_scale (float or str, optional): see :func:`hqod_ops.fake_quant`. Default: ``"lsq"``
 
     Raises:
-        ValueError: bits is outside 2..8, or scale_mode or observer is unknown.
+        ValueError: scale_mode is unknown, and as :class:`Quantizer`.
 
     Gradient: that of :func:`hqod_ops.fake_quant`.
 

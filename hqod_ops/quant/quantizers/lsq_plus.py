@@ -27,8 +27,7 @@ class LSQPlus(LinearScale):
             :func:`hqod_ops.fake_quant`. Default: ``"lsq"``
 
     Raises:
-        ValueError: bits is outside 2..8, scale_mode or observer is unknown, or the observer finds
-            no zero point.
+        ValueError: scale_mode is unknown, and as :class:`Quantizer`.
 
     Gradient: that of the paper. With the unclamped code c and k = clamp(c, qmin, qmax): inside the
     range ``dx = dy``, ``ds = (k - z - x / s) dy``, ``db = 0``; outside ``dx = 0``,

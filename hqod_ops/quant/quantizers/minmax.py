@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from hqod_ops.quant.observers.registry import check_observer
 from hqod_ops.quant.quantizers.fixed_scale import FixedScale
 from hqod_ops.quant.quantizers.state import Codes, StateOptions, Values
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from hqod_ops.quant.signatures import Unpack
 
 
 class MinMaxSTE(FixedScale):
@@ -26,10 +24,6 @@ class MinMaxSTE(FixedScale):
         observer (str): see :class:`Quantizer`. Default: ``"minmax"``
         symmetric (bool): zero point 0; else the codes span the range from its least value to its
             greatest. Default: True
-
-    Raises:
-        ValueError: bits is outside 2..8, the observer is unknown or, for ``symmetric=False``, finds
-            no zero point.
 
     Gradient: ``dx = dy`` where the unclamped code is in range, else 0.
 

@@ -27,7 +27,7 @@ class PACT(LearnedScale):
         scale_mode (str): how a is kept positive, see :class:`LSQ`. Default: ``"abs"``
 
     Raises:
-        ValueError: bits is outside 2..8, scale_mode or observer is unknown, or ch_axis is given.
+        ValueError: scale_mode is unknown, and as :class:`Quantizer`.
 
     Gradient: ``dx = dy`` for ``0 <= x < a`` (signed: ``-a < x < a``), else 0; a gets the sum of dy
     over ``x >= a``, less that over ``x <= -a`` if signed.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,9 +11,7 @@ from torch import Tensor
 from hqod_ops.quant.quantizers.base import Quantizer
 from hqod_ops.quant.quantizers.fixed_scale import FixedScale
 from hqod_ops.quant.quantizers.state import Codes, StateOptions, Values, per_level
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from hqod_ops.quant.signatures import Unpack
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -67,9 +64,6 @@ class TQT(Quantizer):
         grad_scale (float or str, optional): factor of the gradient of t, see
             :func:`hqod_ops.fake_quant`; None is the paper's, which trains thresholds with Adam.
             Default: ``"lsq"``, for one optimizer such as SGD for weights and thresholds
-
-    Raises:
-        ValueError: bits is outside 2..8, or the observer is unknown.
 
     Gradient: with the unclamped code c: inside the range ``dx = dy``,
     ``dt = s ln(2) (c - x / s) dy``; outside ``dx = 0``, ``dt = s ln(2) qmin dy`` or
@@ -135,9 +129,6 @@ class TQTFrozen(FixedScale):
             of the network ``"power_of_two_range"``. Default: ``"power_of_two"``
         official_ties (bool): round negative halves up, -1.5 to -1, as the official code does for
             layer inputs; ONNX rounds them to even, as is done here for weights. Default: False
-
-    Raises:
-        ValueError: bits is outside 2..8, or the observer is unknown.
 
     Gradient: ``dx = dy`` where the unclamped code is in range, else 0.
 
