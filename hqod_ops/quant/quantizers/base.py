@@ -320,12 +320,12 @@ class Quantizer(PassesOn, ScaleState, ABC):
             scale, [observer.signed for observer in observers], self._join(zeros) if zeros else None
         )
 
-    def _join(self, levels: Sequence[Tensor]) -> Tensor:
+    def _join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors of single levels as one."""
-        joined = torch.stack(list(levels))
+        joined = torch.stack(list(tensors))
         if self.ch_axis is None:
             return joined.flatten()
-        return joined[0] if len(levels) == 1 else joined
+        return joined[0] if len(tensors) == 1 else joined
 
     def observed_state(self) -> list[dict[str, Any]]:
         """What was seen in calibration, one entry a level; to be sent to other processes."""
