@@ -17,7 +17,7 @@ from hqod_ops.quant.nn.layers import TWINS, QATLayer
 from hqod_ops.quant.nn.weight_pool import WeightPool
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.base import Quantizer
-from hqod_ops.quant.quantizers.choice import make_quantizer
+from hqod_ops.quant.quantizers.registry import make_quantizer
 from hqod_ops.quant.runtime import track_calls
 
 _Model = TypeVar("_Model", bound=nn.Module)

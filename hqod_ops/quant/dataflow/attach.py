@@ -28,11 +28,6 @@ from hqod_ops.quant.quantizers.base import Quantizer
 _CALLERS = "_hqod_callers"
 
 
-def can_absorb(quantizer: Quantizer) -> bool:
-    """Whether a quantizer is one call of ``fake_quant`` on its input, which can take in a ReLU."""
-    return quantizer.plain and type(quantizer).transform is Quantizer.transform
-
-
 class CallQuantizers:
     """The quantizers behind the calls of one module or function in one call of its owner.
 

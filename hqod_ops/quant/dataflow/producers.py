@@ -13,7 +13,6 @@ from torch import nn
 from hqod_ops.quant.dataflow.attach import (
     CallQuantizers,
     ExpectedModules,
-    can_absorb,
     pause_within,
     placed_forward,
 )
@@ -290,7 +289,7 @@ def _activation(group: _Group, flow: Dataflow) -> str | None:
     kinds = {activation(site.what) for site in group.sites}
     if len(kinds) != 1 or flow.reread.intersection(group.sites):
         return None
-    return kinds.pop() if can_absorb(group.quantizer) else None
+    return kinds.pop() if group.quantizer.absorbs else None
 
 
 def _move(group: _Group, flow: Dataflow, names: Mapping[nn.Module, str]) -> PlacedQuantizer:
