@@ -197,7 +197,9 @@ def test_flip() -> None:
     assert target["boxes"].tolist() == [[4, 2, 12, 8]]
     again, back = RandomHorizontalFlip(p=1.0)(flipped, mirrored)
     assert torch.equal(again, image) and torch.equal(back["boxes"], target["boxes"])
-    assert RandomHorizontalFlip(p=0.0)(image, target) == (image, target)
+    same, kept = RandomHorizontalFlip(p=0.0)(image, target)
+    assert torch.equal(same, image) and torch.equal(kept["boxes"], target["boxes"])
+    assert type(flipped) is type(mirrored["boxes"]) is torch.Tensor
     with pytest.raises(ValueError, match="p: expected a probability"):
         RandomHorizontalFlip(p=1.5)
 
@@ -269,7 +271,8 @@ def test_missing_files(tmp_path: Path) -> None:
     assert str(tmp_path) in message and "COCO's layout" in message
     make_coco(tmp_path)
     message = fault(lambda: open_dataset(tmp_path, "train"))
-    assert "no annotations of split 'train'" in message and "instances_val2017.json" in message
+    assert "no annotations of split 'train'" in message and "there: 'val2017' (" in message
+    assert "data.train_split and data.test_split" in message
     (tmp_path / "val2017" / "a.png").unlink()
     message = fault(lambda: open_dataset(tmp_path, "val"))
     assert message == f"{tmp_path / 'val2017' / 'a.png'}: the image file is missing"
@@ -349,7 +352,7 @@ def test_more_broken_voc(tmp_path: Path) -> None:
     message = fault(lambda: open_dataset(tmp_path, "val", categories=["dog"]))
     assert message == f"{file}: object 2: unknown category 'cat'"
     message = fault(lambda: open_dataset(tmp_path, "train"))
-    assert message.endswith("train.txt: the image list is missing")
+    assert "train.txt: the image list is missing; splits that are there: 'val' (" in message
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("\n")
     assert "got an empty list" in fault(lambda: open_dataset(tmp_path, "train"))
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("three\n")
