@@ -55,16 +55,11 @@ def read_coco(
         labels = {key: classes.index(name) for key, name in names.items() if name in classes}
     places = {number: place for place, number in enumerate(entries)}
     for position, note in enumerate(notes):
-        where = f"{path}: annotation {note.get('id', position)}"
-        image_id = _id(note.get("image_id"), records.lenient)
-        category_id = _id(note.get("category_id"), records.lenient)
-        if image_id is None or image_id not in places:
-            raise DataError(f"{where}: unknown image_id {note.get('image_id')!r}")
-        if category_id is None or category_id not in names:
-            raise DataError(f"{where}: unknown category_id {note.get('category_id')!r}")
-        if category_id not in labels:
-            raise DataError(f"{where}: category {names[category_id]!r} is none of those asked for")
-        _add_object(where, note, places[image_id], labels[category_id], records)
+        try:
+            _add_object(note, places, names, labels, records)
+        except DataError as error:
+            where = f"{path}: annotation {note.get('id', position)}"
+            raise DataError(f"{where}: {error}") from error.__cause__
     return classes, records
 
 
@@ -131,14 +126,15 @@ def _add_image(
     if not isinstance(name, str) or not name:
         raise DataError(f"{path}: image {number}: expected a file_name, got {name!r}")
     file = os.path.join(folder, name)
-    if not os.path.isfile(file):
+    there = os.path.isfile(file)
+    if not there:
         for found in _elsewhere(folder, name):
             if os.path.isfile(found):
-                file = found
+                file, there = found, True
                 records.lenient["file names with backslashes or with the images' folder"] += 1
                 break
     sides = entry.get("width"), entry.get("height")
-    if None in sides and os.path.isfile(file):
+    if None in sides and there:
         records.add_image(file, number, *image_size(file, orientation))
         records.lenient["images without width and height"] += 1
         return
@@ -164,13 +160,14 @@ def _roots(path: Path, content: Entry, names: dict[int, str], notes: Sequence[En
 
     The annotations of the other splits count too: all must have the same classes.
     """
-    above: set[str] = set()
-    for entry in content["categories"]:
-        parent = entry.get("supercategory")
-        if isinstance(parent, str) and parent != entry.get("name"):
-            above.add(parent)
+    parents = {whole(entry["id"]): entry.get("supercategory") for entry in content["categories"]}
+    groups = Counter(parent for parent in parents.values() if isinstance(parent, str))
     used = {whole(note.get("category_id")) for note in notes}
-    roots = [number for number, name in names.items() if name in above and number not in used]
+    roots = [
+        number
+        for number, name in names.items()
+        if groups[name] > (parents[number] == name) and number not in used
+    ]
     if not roots:
         return []
     for other in (*path.parent.glob("[!.]*.json"), *path.parent.parent.glob(f"*/{path.name}")):
@@ -193,23 +190,38 @@ def _warn_of_namesakes(path: Path, classes: Sequence[str]) -> None:
         )
 
 
-def _add_object(where: str, note: Entry, place: int, label: int, records: Records) -> None:
-    box = note.get("bbox") or _outline_box(where, note.get("segmentation"), records, place)
-    x, y, width, height = check_box(box, f"{where}: bbox")
+def _add_object(
+    note: Entry,
+    places: dict[int, int],
+    names: dict[int, str],
+    labels: dict[int, int],
+    records: Records,
+) -> None:
+    image_id = _id(note.get("image_id"), records.lenient)
+    category_id = _id(note.get("category_id"), records.lenient)
+    if image_id is None or image_id not in places:
+        raise DataError(f"unknown image_id {note.get('image_id')!r}")
+    if category_id is None or category_id not in names:
+        raise DataError(f"unknown category_id {note.get('category_id')!r}")
+    if category_id not in labels:
+        raise DataError(f"category {names[category_id]!r} is none of those asked for")
+    place = places[image_id]
+    box = note.get("bbox") or _outline_box(note.get("segmentation"), records, place)
+    x, y, width, height = check_box(box, "bbox")
     if width < 0 or height < 0:
-        raise DataError(f"{where}: bbox: expected a width and height of at least 0, got {box}")
+        raise DataError(f"bbox: expected a width and height of at least 0, got {box}")
     crowd = _given(note.get("iscrowd"), 0)
     number = int(crowd) if isinstance(crowd, bool) else whole(crowd)
     if number not in (0, 1):
-        raise DataError(f"{where}: expected iscrowd 0 or 1, got {crowd!r}")
+        raise DataError(f"expected iscrowd 0 or 1, got {crowd!r}")
     area = _given(note.get("area"), width * height)
     try:
         size = float(area)
     except (OverflowError, TypeError, ValueError):
         size = math.nan
     if not 0 <= size <= sys.float_info.max:
-        raise DataError(f"{where}: expected an area of at least 0, got {area!r}")
-    records.add_object(place, label, (x, y, x + width, y + height), number, size)
+        raise DataError(f"expected an area of at least 0, got {area!r}")
+    records.add_object(place, labels[category_id], (x, y, x + width, y + height), number, size)
 
 
 def _given(value: Any, default: Any) -> Any:
@@ -217,7 +229,7 @@ def _given(value: Any, default: Any) -> Any:
     return default if value is None or value != value else value
 
 
-def _outline_box(where: str, outline: Any, records: Records, place: int) -> Any:
+def _outline_box(outline: Any, records: Records, place: int) -> Any:
     """x, y, width and height around a polygon or a run-length mask; None where there is neither."""
     if not outline:
         return None
@@ -233,6 +245,4 @@ def _outline_box(where: str, outline: Any, records: Records, place: int) -> Any:
             outline = masks.frPyObjects(outline, height, width)
         return masks.toBbox(outline).tolist()
     except (KeyError, OverflowError, TypeError, ValueError):
-        raise DataError(
-            ": segmentation: expected polygons or a mask, and there is no bbox"
-        ) from None
+        raise DataError("expected a bbox, or a segmentation of polygons or a mask") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,9 @@ _SPLITS = (("train", "training"), ("val", "valid", "validation"), ("test", "test
 
 _BORDER = 1.0
 """Pixels by which a box may stick out unmentioned: tools round, and count from 0 or from 1."""
+
+_FAR = 1e100
+_WHOLE = re.compile(r"[-+]?[0-9]{1,19}(\.0*)?")
 
 _LOOKED_AT = 200
 """Images that are looked into for the reason why boxes fall outside of them."""
@@ -141,15 +145,14 @@ def whole(value: Any) -> int | None:
         >>> whole(7), whole(7.0), whole(" 7 "), whole("7.0"), whole(7.5), whole("x"), whole(True)
         (7, 7, 7, 7, None, None, None)
     """
-    if isinstance(value, str):
-        digits, _, rest = value.strip().partition(".")
-        if not rest.strip("0") and digits.lstrip("+-").isdecimal() and len(digits) < 20:
-            value = int(digits)
-    elif isinstance(value, float):
-        # Beyond 2**53 a float may be the neighbour of the number that was meant.
-        value = int(value) if value.is_integer() and abs(value) <= 2**53 else None
-    fits = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-    return value if fits else None
+    if type(value) is not int:  # as nearly all are
+        if isinstance(value, str):
+            value = int(value.partition(".")[0]) if _WHOLE.fullmatch(value.strip()) else None
+        elif isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+            value = int(value)  # beyond 2**53 it may be the neighbour of what was meant
+        else:
+            return None
+    return value if value is not None and -(2**63) <= value < 2**63 else None
 
 
 def check_box(box: Any, where: str) -> tuple[float, float, float, float]:
@@ -158,16 +161,16 @@ def check_box(box: Any, where: str) -> tuple[float, float, float, float]:
     Raises:
         DataError: anything else; the message starts with ``where``.
     """
-    if not isinstance(box, Sequence) or isinstance(box, str) or len(box) != 4:
+    if not isinstance(box, list | tuple) or len(box) != 4:
         raise DataError(f"{where}: expected a box of 4 numbers, got {box!r}")
     try:
-        a, b, c, d = (float(value) for value in box)
+        a, b, c, d = map(float, box)
     except OverflowError:
         raise DataError(f"{where}: expected finite coordinates, got one beyond float") from None
     except (TypeError, ValueError):
         raise DataError(f"{where}: expected a box of 4 numbers, got {box!r}") from None
-    # Numbers that float32 has no room for are as lost as infinite ones.
-    if not all(abs(value) < 1e30 for value in (a, b, c, d)):
+    # Their differences and products stay finite too.
+    if not abs(a) + abs(b) + abs(c) + abs(d) < _FAR:
         raise DataError(f"{where}: expected finite coordinates, got {box!r}")
     return a, b, c, d
 
