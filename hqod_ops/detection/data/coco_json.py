@@ -168,7 +168,7 @@ def _roots(path: Path, content: Entry, names: dict[int, str], notes: Sequence[En
         for number, name in names.items()
         if groups[name] > (parents[number] == name) and number not in used
     ]
-    if not roots:
+    if not roots or len(roots) == len(names):
         return []
     for other in (*path.parent.glob("[!.]*.json"), *path.parent.parent.glob(f"*/{path.name}")):
         if other != path:
@@ -206,7 +206,9 @@ def _add_object(
     if category_id not in labels:
         raise DataError(f"category {names[category_id]!r} is none of those asked for")
     place = places[image_id]
-    box = note.get("bbox") or _outline_box(note.get("segmentation"), records, place)
+    box = note.get("bbox")
+    if not box:
+        box = _outline_box(note.get("segmentation"), records, place) or box
     x, y, width, height = check_box(box, "bbox")
     if width < 0 or height < 0:
         raise DataError(f"bbox: expected a width and height of at least 0, got {box}")
@@ -241,8 +243,12 @@ def _outline_box(outline: Any, records: Records, place: int) -> Any:
             points = [float(value) for ring in outline for value in ring]
             left, top = min(points[0::2]), min(points[1::2])
             return [left, top, max(points[0::2]) - left, max(points[1::2]) - top]
+        # pycocotools takes the sizes of a mask on trust, and its C code the rest.
+        if list(outline["size"]) != [height, width]:
+            raise ValueError
+        packed = {"size": [height, width], "counts": outline["counts"]}
         if isinstance(outline["counts"], list):
-            outline = masks.frPyObjects(outline, height, width)
-        return masks.toBbox(outline).tolist()
+            packed = masks.frPyObjects(packed, height, width)
+        return masks.toBbox(packed).tolist()
     except (KeyError, OverflowError, TypeError, ValueError):
         raise DataError("expected a bbox, or a segmentation of polygons or a mask") from None

@@ -27,7 +27,7 @@ class DataError(ValueError):
             message = message.rstrip().rpartition(f"{__name__}.DataError: ")[2]
         # Names in files may hold half characters, which no terminal takes.
         message = message.encode("utf-8", "backslashreplace").decode("utf-8")
-        super().__init__(" ".join(message.split("\n")))
+        super().__init__(" ".join(message.splitlines()))
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):

@@ -223,6 +223,7 @@ class FileDataset(DetectionDataset):
             that has the annotated size, the turned one if both have it. Default: ``"auto"``
 
     Attributes:
+        sizes (int64 Tensor[N, 2]): width and height of the images, as annotated.
         box_counts (BoxCounts): how many boxes there are, were clipped and were dropped. What is
             worth a word is said once through :mod:`logging` as the data set is opened.
 
@@ -251,7 +252,7 @@ class FileDataset(DetectionDataset):
         self.categories, self.resize, self.orientation = categories, resize, orientation
         self.paths, self.source = records.paths, records.source
         # In tensors, which the workers of a loader share however they are started.
-        self._ids, self._sizes = _tensor(records.ids), _tensor(records.sizes).reshape(-1, 2)
+        self._ids, self.sizes = _tensor(records.ids), _tensor(records.sizes).reshape(-1, 2)
         images = _tensor(records.images)
         order = images.argsort(stable=True)
         self._starts = torch.searchsorted(images[order], torch.arange(len(self.paths) + 1))
@@ -275,7 +276,7 @@ class FileDataset(DetectionDataset):
 
     @property
     def coco_ground_truth(self) -> dict[str, Any]:
-        ids, sizes = self._ids.tolist(), self._sizes.tolist()
+        ids, sizes = self._ids.tolist(), self.sizes.tolist()
         owners = np.repeat(ids, self._starts.diff().numpy()).tolist()
         columns = (self._labels, self._boxes, self._crowds, self._areas)
         return coco_dict(
@@ -288,7 +289,7 @@ class FileDataset(DetectionDataset):
         )
 
     def load(self, index: int) -> tuple[Tensor, Target]:
-        full_width, full_height = self._sizes[index].tolist()
+        full_width, full_height = self.sizes[index].tolist()
         width, height = self.resize(full_width, full_height)
         scale = torch.tensor([width / full_width, height / full_height])
         mine = slice(*self._starts[index : index + 2].tolist())
@@ -308,12 +309,12 @@ class FileDataset(DetectionDataset):
         """Set the sizes of the picture that the user chose, where that of the other is given."""
         for index, path in enumerate(self.paths):
             chosen = image_size(path, self.orientation)
-            if self._sizes[index].tolist() == [*reversed(chosen)]:
-                self._sizes[index] = torch.tensor(chosen)
+            if self.sizes[index].tolist() == [*reversed(chosen)]:
+                self.sizes[index] = torch.tensor(chosen)
 
     def _count(self, images: Tensor, lenient: Counter[str]) -> BoxCounts:
         """Count the boxes, and say what is worth a word."""
-        clipped = _clip(self._boxes, self._sizes[images])
+        clipped = _clip(self._boxes, self.sizes[images])
         kept = _has_area(clipped)
         outside = ((self._boxes - clipped).abs() > _BORDER).any(dim=1)
         counts = BoxCounts(
@@ -328,7 +329,7 @@ class FileDataset(DetectionDataset):
                 f"{self.source}: none of its {counts.total} boxes has an area inside its image"
                 f"{hint}"
             )
-        if counts.total and float(self._boxes.max()) <= 1.0:
+        if counts.total and float(self._boxes[kept].max()) <= 1.0:
             raise DataError(
                 f"{self.source}: expected boxes in pixels, but all of its {counts.total} boxes lie "
                 "in the first pixel: are they fractions of the image?"
