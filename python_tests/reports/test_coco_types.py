@@ -53,6 +53,7 @@ READ: dict[str, dict[str, Any]] = {
     "sizes text": {"images__width": "64", "images__height": "48"},
     "sizes floats": {"images__width": 64.0, "images__height": 48.0},
     "sizes null": {"images__width": None, "images__height": None},
+    "width NaN": {"images__width": float("nan")},
     "height null": {"images__height": None},
     "box of text": {"annotations__bbox": ["8", "6", "30", "24.0"]},
     "iscrowd null": {"annotations__iscrowd": None},
@@ -149,8 +150,8 @@ def test_said_once_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
         data = open_dataset(coco(tmp_path, content), "val")
         data[0], data[0]
     (said,) = caplog.messages
-    assert "2 ids written as text or as floats" in said
-    assert "1 file names with backslashes or with the images' folder" in said
+    assert "ids written as text or as floats: 2" in said
+    assert "file names with backslashes or with the images' folder: 1" in said
     caplog.clear()
     with caplog.at_level(logging.DEBUG):
         open_dataset(coco(tmp_path, edited()), "val")

@@ -141,7 +141,7 @@ def _add_image(
                 file, there = found, True
                 records.lenient["file names with backslashes or with the images' folder"] += 1
                 break
-    sides = entry.get("width"), entry.get("height")
+    sides = _given(entry.get("width"), None), _given(entry.get("height"), None)
     if None in sides and there:
         records.add_image(file, number, *image_size(file, orientation))
         records.lenient["images without width and height"] += 1
@@ -244,13 +244,13 @@ def _outline_box(outline: Any, records: Records, place: int) -> Any:
     if not outline:
         return None
     records.lenient["boxes made from segmentations"] += 1
-    masks = require("pycocotools.mask", "pycocotools")
     width, height = records.sizes[2 * place : 2 * place + 2]
     try:
         if isinstance(outline, list):
             points = [float(value) for ring in outline for value in ring]
             left, top = min(points[0::2]), min(points[1::2])
             return [left, top, max(points[0::2]) - left, max(points[1::2]) - top]
+        masks = require("pycocotools.mask", "pycocotools")
         # pycocotools takes the sizes of a mask on trust, and its C code the rest.
         if list(outline["size"]) != [height, width]:
             raise ValueError

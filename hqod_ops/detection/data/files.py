@@ -334,7 +334,7 @@ class FileDataset(DetectionDataset):
                 f"{self.source}: expected boxes in pixels, but all of its {counts.total} boxes lie "
                 "in the first pixel: are they fractions of the image?"
             )
-        said = [f"{count} {what}" for what, count in lenient.items()]
+        said = [f"{what}: {count}" for what, count in lenient.items()]
         if counts.dropped or counts.clipped:
             said.append(
                 f"of {counts.total} boxes {counts.clipped} are clipped at the border of their "
