@@ -203,7 +203,9 @@ def split_names(split: str) -> list[str]:
 def no_split(where: str, split: str, there: Iterable[str]) -> DataError:
     """The error for a split that is not there."""
     names = [repr(name) for name in dict.fromkeys(there)]
-    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "none"
+    if not names:
+        return DataError(where)
+    listed = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return DataError(
         f"{where}; splits that are there: {listed} (expected {split!r}; the settings are "
         "data.train_split and data.test_split)"
