@@ -28,8 +28,8 @@ from hqod_ops.training.reading import from_dict, read
 BEFORE = Path(__file__).parent / "before"
 W2 = QATConfig(2, 2, 6, weight_init="lsq")
 CLOSE = 1e-3
-"""The same machine gives the same bits; another's kernels sum in another order, and at 2 bits a code
-at a tie may go the other way."""
+"""The same machine gives the same bits; another's kernels sum in another order, and a code at a tie
+may go the other way."""
 
 
 @pytest.fixture
