@@ -19,6 +19,13 @@ BAD_INPUT = 2
 """Exit code for a wrong option, path, setting or data set."""
 
 
+_OPTIONS = (
+    *("name", "seed", "init", "device", "data.source", "quant.bits", "loss.hqod"),
+    *("schedule.epochs", "schedule.batch_size", "schedule.lr"),
+)
+"""Settings that are options of ``hqod train`` too; each is the destination of its option."""
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from hqod_ops.training.files import CONFIG, read_result
     from hqod_ops.training.report import aggregate, markdown
@@ -44,18 +51,8 @@ def _run_config(arguments: argparse.Namespace) -> Any:
     values = reading.read(arguments.recipe) if arguments.recipe else {}
     for text in arguments.set:
         values = reading.merge(values, reading.assignment(text))
-    for name, value in (
-        ("name", arguments.name),
-        ("seed", arguments.seed),
-        ("init", arguments.init),
-        ("device", arguments.device),
-        ("data.source", arguments.data),
-        ("quant.bits", arguments.bits),
-        ("loss.hqod", arguments.hqod),
-        ("schedule.epochs", arguments.epochs),
-        ("schedule.batch_size", arguments.batch_size),
-        ("schedule.lr", arguments.lr),
-    ):
+    for name in _OPTIONS:
+        value = getattr(arguments, name)
         if value is not None:
             values = reading.merge(values, reading.setting(name, value))
     if arguments.resume:
@@ -195,28 +192,22 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
 
     train = command("train", _train, "Train a detector, in floating point or quantized.")
-    train.add_argument("--data", metavar="digits|PATH", help="data set; a path: COCO or VOC layout")
-    train.add_argument("--name", help="directory of the run, below --runs")
-    train.add_argument("--recipe", metavar="FILE", help="settings, TOML or JSON")
-    train.add_argument("--epochs", type=_positive, metavar="N")
-    train.add_argument("--batch-size", type=_positive, metavar="N")
-    train.add_argument("--lr", type=float, metavar="RATE", help="highest learning rate")
-    train.add_argument(
-        "--bits", type=_bits, metavar="B", help="of weights and inputs: 2 to 8, or float"
-    )
-    train.add_argument(
-        "--hqod", action=argparse.BooleanOptionalAction, default=None, help="add the HQOD losses"
-    )
-    train.add_argument("--init", metavar="CHECKPOINT", help="weights of a float run to start from")
-    train.add_argument("--seed", type=int, metavar="S")
-    train.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
-    train.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="TABLE.SETTING=VALUE",
-        help="any setting; hqod settings lists them all",
-    )
+    option = train.add_argument
+    option("--data", dest="data.source", metavar="digits|PATH", help="a path: COCO or VOC layout")
+    option("--name", help="directory of the run, below --runs")
+    option("--recipe", metavar="FILE", help="settings, TOML or JSON")
+    option("--epochs", dest="schedule.epochs", type=_positive, metavar="N")
+    option("--batch-size", dest="schedule.batch_size", type=_positive, metavar="N")
+    option("--lr", dest="schedule.lr", type=float, metavar="RATE", help="highest learning rate")
+    bits = "of weights and inputs: 2 to 8, or float"
+    option("--bits", dest="quant.bits", type=_bits, metavar="B", help=bits)
+    hqod = argparse.BooleanOptionalAction
+    option("--hqod", dest="loss.hqod", action=hqod, default=None, help="add the HQOD losses")
+    option("--init", metavar="CHECKPOINT", help="weights of a float run to start from")
+    option("--seed", type=int, metavar="S")
+    option("--device", help="auto, cpu, cuda, cuda:1, ...")
+    every = "any setting; hqod settings lists them all"
+    option("--set", action="append", default=[], metavar="TABLE.SETTING=VALUE", help=every)
     train.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs")
     train.add_argument("--resume", action="store_true", help="continue the run of this name")
     shared(train)

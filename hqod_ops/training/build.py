@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from hqod_ops.detection.data import DetectionDataset
 from hqod_ops.detection.models.atss import ATSS
@@ -81,29 +80,18 @@ def quantize(model: Detector, config: RunConfig) -> None:
 
 
 def set_scales(model: Detector, dataset: DetectionDataset, config: RunConfig) -> None:
-    """The first scales of a quantized detector, from a sample of the training images.
-
-    Args:
-        model (Detector): see :func:`quantize`.
-        dataset (DetectionDataset): the training images.
-        config (RunConfig): number of images, batch size and seed.
-    """
-    calibrate(model.network, _calibration_batches(model, dataset, config), progress=False)
-
-
-def _calibration_batches(
-    model: Detector, dataset: DetectionDataset, config: RunConfig
-) -> Iterator[Tensor]:
-    """Batches of images drawn by the run's seed, one in memory at a time.
+    """The first scales of a quantized detector, from training images drawn by the run's seed.
 
     Files are often sorted by what is in them, so the first ones are no sample.
     """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(config.seed)
     order = torch.randperm(len(dataset), generator=generator)[: config.data.calibration_images]
-    for indices in order.split(config.schedule.batch_size):
-        images = [dataset[i][0] for i in indices.tolist()]
-        yield batch_images(images, device, model.stride)
+    batches = (  # one in memory at a time
+        batch_images([dataset[i][0] for i in indices.tolist()], device, model.stride)
+        for indices in order.split(config.schedule.batch_size)
+    )
+    calibrate(model.network, batches, progress=False)
 
 
 def load_float(model: Detector, config: RunConfig, categories: Sequence[str]) -> None:

@@ -33,13 +33,8 @@ def progress_bar(
     """
     rich = _require("rich.progress", "rich")
     console = _require("rich.console", "rich").Console(stderr=True)
-    columns = (
-        rich.TextColumn("{task.description}"),
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TimeRemainingColumn(),
-        rich.TextColumn("{task.fields[note]}"),
-    )
+    note = rich.TextColumn("{task.fields[note]}")
+    columns = (*rich.Progress.get_default_columns(), rich.MofNCompleteColumn(), note)
     hidden = not (enabled and console.is_terminal)
     with rich.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(title, total=total, completed=start, note="")

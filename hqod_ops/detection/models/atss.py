@@ -108,16 +108,12 @@ class ATSS(Detector):
     def losses(
         self, images: Tensor, targets: Sequence[Objects], config: LossConfig | None = None
     ) -> dict[str, Tensor]:
-        """The training loss, term by term.
+        """See :meth:`Detector.losses`; the terms are those of
+        :func:`hqod_ops.detection.models.losses.atss_losses`.
 
         Args:
-            images (Tensor[B, 3, H, W]): normalised images.
-            targets (sequence of mapping): ``boxes`` Tensor[G, 4] in pixels and ``labels`` Tensor[G]
-                int64 of each image.
+            images (Tensor[B, 3, H, W]), targets (sequence of mapping): as there.
             config (LossConfig, optional): weights and HQOD options. Default: None, the model's own
-
-        Returns:
-            dict of Tensor[]: see :func:`hqod_ops.detection.models.losses.atss_losses`.
         """
         config = config or self.loss_config
         outputs = self(images)
@@ -131,18 +127,14 @@ class ATSS(Detector):
 
     @torch.no_grad()
     def detect(self, images: Tensor, config: TestConfig | None = None) -> list[Detections]:
-        """Detections of a batch of images.
+        """See :meth:`Detector.detect`.
 
         A detection's score is the class score times the centerness; the threshold is on the class
         score alone, as in ATSS.
 
         Args:
-            images (Tensor[B, 3, H, W]): normalised images.
+            images (Tensor[B, 3, H, W]): as there.
             config (TestConfig, optional): thresholds and limits. Default: None, the model's own
-
-        Returns:
-            list of dict: ``boxes`` Tensor[N, 4] in pixels, ``scores``, ``labels`` Tensor[N], best
-            first.
         """
         config = config or self.test_config
         outputs = self(images)
