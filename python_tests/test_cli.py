@@ -260,7 +260,7 @@ def test_info_needs_the_core_alone() -> None:
     """Each command imports what it needs: info says what is missing."""
     code = """
 import sys
-for name in ("tomllib", "tomli", "torchvision", "PIL", "sklearn", "pycocotools", "rich"):
+for name in ("tomllib", "tomli", "torchvision", "PIL", "sklearn", "pycocotools", "rich", "msgspec"):
     sys.modules[name] = None
 from hqod_ops.cli import main
 sys.exit(main(["info"]))

@@ -215,7 +215,7 @@ def _one_line(message: str, values: Mapping[str, Any]) -> str:
     value: Any = values
     for part in re.findall(r"[^.\[\]]+", path):
         value = value[int(part)] if isinstance(value, list | tuple) else value[part]
-        kind = typing.get_type_hints(kind)[part] if hasattr(kind, "__annotations__") else kind
+        kind = typing.get_type_hints(kind)[part] if dataclasses.is_dataclass(kind) else kind
     if message.startswith("Invalid enum"):
         wanted = f"expected one of {', '.join(map(repr, typing.get_args(kind)))}"
     else:

@@ -20,7 +20,7 @@ class ModelConfig:
     """The network and its anchors.
 
     Args:
-        kind (str): which detector, of :data:`hqod_ops.training.build.MODELS`.
+        kind (str): which detector: "atss".
         stem (int): channels of the first convolution.
         widths (list of int): channels of the stages, of strides 4, 8, 16, ...
         depths (list of int): basic blocks of the stages.
