@@ -22,6 +22,8 @@ from hqod_ops.training.settings import RunConfig
 def _atss(config: RunConfig, num_classes: int) -> ATSS:
     model = ATSS(config.model, num_classes, config.loss, config.test)
     if config.model.level_norms:
+        if config.model.head_depth == 0:
+            raise ValueError("level_norms: expected a head_depth of at least 1, got 0")
         use_level_batch_norm(model.network, "head.*_tower.*", config.model.levels)
     return model
 

@@ -90,7 +90,7 @@ def current(values: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> from hqod_ops.training.reading import current
         >>> current({"quant": {"bits": 0, "scale_lr": 1.0}})
-        {'quant': {'weight_bits': 32, 'act_bits': 32}, 'schedule': {'scale_lr': 1.0}}
+        {'schedule': {'scale_lr': 1.0}, 'quant': {'weight_bits': 32, 'act_bits': 32}}
     """
     values = dict(values)
     if not isinstance(values.get("quant"), Mapping):
@@ -100,20 +100,23 @@ def current(values: Mapping[str, Any]) -> dict[str, Any]:
         quant["overrides"] = [
             _in_numbers(rule) if isinstance(rule, Mapping) else rule for rule in quant["overrides"]
         ]
-    preset = quant.pop("preset", None)
-    if preset is not None:
-        if preset not in PRESETS:
-            raise ConfigError(_unknown("quant.preset", "preset", preset, PRESETS))
-        quant = {**msgspec.to_builtins(PRESETS[preset]), **quant}
-    if "bits" in quant:
+    short = "bits" in quant
+    if short:
         bits = quant.pop("bits") or FLOAT_BITS
         quant = {"weight_bits": bits, "act_bits": bits, **quant}
-        if (quant.get("weight_quantizer", "lsq"), quant.get("weight_init")) == ("lsq", "minmax"):
-            quant["weight_init"] = None  # was written where LSQ's own was meant, which is the same
+    preset = quant.pop("preset", None)
+    if preset is not None:
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ConfigError(_unknown("quant.preset", "preset", preset, PRESETS))
+        quant = {**msgspec.to_builtins(PRESETS[preset]), **quant}
+    words = quant.get("weight_quantizer", "lsq"), quant.get("weight_init")
+    if short and words == ("lsq", "minmax"):
+        # Was written where LSQ's own was meant, which is the same.
+        quant["weight_init"] = None
     values["quant"] = quant
-    for name in _MOVED.keys() & quant.keys():
-        moved = {_MOVED[name]: {name: quant.pop(name)}}
-        values = merge(moved, values)
+    for name, table in _MOVED.items():
+        if name in quant:
+            values = merge({table: {name: quant.pop(name)}}, values)
     return values
 
 

@@ -27,6 +27,7 @@ FLOAT = QATConfig(FLOAT_BITS, FLOAT_BITS)
         ({"quant": {"weight_bits": "four"}}, "quant.weight_bits: expected int, got 'four'"),
         ({"quant": {"bits": 1}}, r"quant.weight_bits: expected a value in \[2, 8\], or 32"),
         ({"quant": {"preset": "w3"}}, "quant.preset: no such preset; "),
+        ({"quant": {"preset": ["w8a8"]}}, "quant.preset: no such preset; "),
         ({"quant": {"act_quantizer": "tpt"}}, "quant.act_quantizer: expected one of lsq, "),
         ({"quant": {"overrides": [{"patern": "*"}]}}, r"quant.overrides\[0\].patern: no such set"),
         ({"quant": {"overrides": [{"act_bits": 4}]}}, r"quant.overrides\[0\]: Rule: expected a pa"),
@@ -111,6 +112,7 @@ def test_every_field_of_the_toolkits_configuration_is_a_setting(tmp_path: Path) 
         ),
         ({"preset": "tqt_w2a2"}, PRESETS["tqt_w2a2"]),
         ({"preset": "w8a8", "act_bits": 4}, QATConfig(8, 4)),
+        ({"preset": "hqod_w2a2", "bits": 3}, QATConfig(3, 3, weight_init="lsq")),
         (
             {"bits": 4, "overrides": [{"pattern": "a", "act_bits": "float"}]},
             QATConfig(4, 4, overrides=[Rule("a", act_bits=FLOAT_BITS)]),

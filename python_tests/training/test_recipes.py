@@ -128,12 +128,12 @@ class _Grey(Detector):
         return [{**none, "labels": torch.zeros(0, dtype=torch.int64)} for _ in images]
 
 
-def test_another_kind_of_detector_is_one_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_kinds_of_detectors_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "grey", lambda config, num_classes: _Grey(num_classes))
     model, _ = train(tmp_path, "--set", "model.kind=grey")
     assert isinstance(model, _Grey)
     assert read_checkpoint(tmp_path / "run")["history"][0]["terms"].keys() == {"square"}
     with pytest.raises(ConfigError, match="^model.kind: expected one of 'atss', 'grey', got 'yo'"):
         build_model(from_dict({"model": {"kind": "yo"}}), 10)
+    with pytest.raises(ConfigError, match="^model.level_norms: expected a head_depth of at least"):
+        build_model(from_dict({"model": {"level_norms": True, "head_depth": 0}}), 10)
