@@ -41,14 +41,19 @@ def open_data(config: DataConfig, *, train: bool = False) -> DetectionDataset:
                 clutter=config.clutter,
                 seed=config.seed,
             )
-        return open_dataset(
+        data = open_dataset(
             config.source,
             split,
             size=size,
             short_side=config.short_side or None,
             max_side=config.max_side or None,
             transform=RandomHorizontalFlip() if train and config.flip else None,
+            categories=config.categories or None,
+            orientation=config.orientation,
         )
+        if train:
+            data.require_boxes()
+        return data
     except DataError:
         raise
     except ValueError as error:

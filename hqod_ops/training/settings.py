@@ -39,6 +39,10 @@ class DataConfig:
         size (int): side of the square that images are brought to; 0 keeps their size.
         short_side (int): with size 0: length of the shorter side of images from files; 0 keeps it.
         max_side (int): with short_side: limit of the longer side; 0 for none.
+        categories (list of str): names of the classes by label, for data from files that does not
+            say them or says too many; empty takes those of the data.
+        orientation (str): of photographs with an EXIF orientation: "auto" turns a picture where the
+            annotated size asks for it or leaves it open, "exif" always, "stored" never.
         flip (bool): mirror every second training image, where the data set allows it.
         train_images (int), test_images (int): scenes to train and to test on (digits).
         max_objects (int): most objects a scene (digits).
@@ -55,6 +59,8 @@ class DataConfig:
     size: WholeNumber = 96
     short_side: WholeNumber = 0
     max_side: WholeNumber = 0
+    categories: tuple[str, ...] = ()
+    orientation: Literal["auto", "exif", "stored"] = "auto"
     flip: bool = True
     train_images: Count = 8000
     test_images: Count = 500
