@@ -128,33 +128,27 @@ def register_adapter(kind: type[nn.Module], adapter: Adapter) -> None:
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from hqod_ops.quant import plan_qat
-        >>> from hqod_ops.quant.adapters import Adapter, DetectorNetwork
-        >>> from hqod_ops.quant.adapters import detection_network, register_adapter
+        >>> from hqod_ops.quant import Adapter, DetectorNetwork, detection_network, register_adapter
         >>> class Detector(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
-        ...         self.stem, self.body = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
-        ...         self.cls, self.box = nn.Conv2d(8, 5, 1), nn.Conv2d(8, 4, 1)
+        ...         self.body, self.cls, self.box = (nn.Conv2d(3, n, 1) for n in (3, 5, 4))
         >>> class Network(DetectorNetwork):
-        ...     parts = ("stem", "body", "cls", "box")
+        ...     parts = ("body", "cls", "box")
         ...     def predict(self, images):
-        ...         features = self.body(self.stem(images))
-        ...         raw = [head(features).flatten(2).mT for head in (self.cls, self.box)]
-        ...         return tuple(raw), None
+        ...         x = self.body(images)
+        ...         return tuple(head(x).flatten(2).mT for head in (self.cls, self.box)), None
         ...     def decode(self, images, features, raw):
         ...         return raw[1].exp(), raw[0].sigmoid()
         >>> class DetectorAdapter(Adapter):
         ...     network = Network
         ...     def first(self, model, layers):
-        ...         return "stem"
+        ...         return "body"
         ...     def prediction(self, model, layers):
         ...         return "cls", "box"
         >>> register_adapter(Detector, DetectorAdapter())
-        >>> {name: layer.weight_bits for name, layer in plan_qat(Detector(), "hqod_w4a4").items()}
-        {'stem': 8, 'body': 4, 'cls': 8, 'box': 8}
         >>> network = detection_network(Detector(), "boxes")
-        >>> [tuple(output.shape) for output in network(torch.rand(1, 3, 8, 8))]
+        >>> [tuple(output.shape) for output in network(torch.rand(1, 3, 4, 4))]
         [(1, 16, 4), (1, 16, 5)]
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):

@@ -127,10 +127,10 @@ def verify(
     grids = {chain.output: chain.grid for chain in lowered.chains}
     return Verification(
         evaluator=whole.name,
-        difference=max((_largest(ours, theirs) for _, ours, theirs in pairs), default=0.0),
-        relative_difference=max((_l2(ours, theirs) for _, ours, theirs in pairs), default=0.0),
+        difference=max((_largest(_difference(*pair)) for _, *pair in pairs), default=0.0),
+        relative_difference=max((_l2(*pair) for _, *pair in pairs), default=0.0),
         output_steps=tuple(
-            _largest(*map(grids[name].steps, (ours, theirs))) if name in grids else None
+            _largest(grids[name].steps(ours - theirs)) if name in grids else None
             for name, ours, theirs in pairs
         ),
         steps=steps,
@@ -173,10 +173,7 @@ def _compare_codes(
     for chain in lowered.chains:
         grid = chain.grid
         steps = np.rint(np.abs(grid.steps(values[chain.output] - recording.after[grid.name])))
-        worst, flips = (
-            float(np.nan_to_num(steps, nan=np.inf).max(initial=0)),
-            int((steps > 0).sum()),
-        )
+        worst, flips = _largest(np.nan_to_num(steps, nan=np.inf)), int((steps > 0).sum())
         if worst > max_steps or flips > max(FEW, share * steps.size):
             raise ExportError(
                 f"{grid.name}: from identical inputs, {flips} of {steps.size} codes of {run.name} "
@@ -190,11 +187,11 @@ def _pairs(
     run: Evaluator, names: list[str], outputs: list[Array], recording: Recording
 ) -> list[tuple[str, Array, Array]]:
     """The outputs by name, the file's and the model's."""
-    pairs = list(zip(names, outputs, recording.outputs, strict=False))
-    if len(pairs) < len(recording.outputs):
+    if len(outputs) != len(recording.outputs):
         raise ExportError(
             f"the model returns {len(recording.outputs)} tensors, the file {len(outputs)}"
         )
+    pairs = list(zip(names, outputs, recording.outputs, strict=True))
     for name, ours, theirs in pairs:
         if ours.shape != theirs.shape:
             raise ExportError(
@@ -205,8 +202,8 @@ def _pairs(
 
 def _compare_outputs(run: Evaluator, pairs: list[tuple[str, Array, Array]], when: str) -> None:
     for name, ours, theirs in pairs:
-        difference = _largest(ours, theirs)
-        size = float(np.abs(theirs).max(initial=0)) if theirs.dtype.kind == "f" else 0.0
+        difference = _largest(_difference(ours, theirs))
+        size = _largest(theirs) if theirs.dtype.kind == "f" else 0.0
         if not difference <= FLOAT_TOLERANCE * size:
             raise ExportError(
                 f"output {name!r}: {run.name} and the model differ by {difference:.3g} {when}, "
@@ -214,11 +211,15 @@ def _compare_outputs(run: Evaluator, pairs: list[tuple[str, Array, Array]], when
             )
 
 
-def _largest(ours: Array, theirs: Array) -> float:
-    return float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max(initial=0))
+def _difference(ours: Array, theirs: Array) -> Array:
+    return np.asarray(ours.astype(np.float64) - theirs.astype(np.float64))
+
+
+def _largest(values: Array) -> float:
+    return float(np.abs(values).max(initial=0))
 
 
 def _l2(ours: Array, theirs: Array) -> float:
     size = float(np.linalg.norm(theirs.astype(np.float64)))
-    difference = float(np.linalg.norm(ours.astype(np.float64) - theirs.astype(np.float64)))
+    difference = float(np.linalg.norm(_difference(ours, theirs)))
     return difference / size if size else difference
