@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from hqod_ops.quant.adapters import Adapter, DetectorNetwork
 
 
-class ATSS(DetectorNetwork):
+class Network(DetectorNetwork):
     """Predictions at every anchor."""
 
     parts = ("network",)
@@ -50,7 +50,7 @@ class ATSS(DetectorNetwork):
 class ATSSAdapter(Adapter):
     """The network that exports."""
 
-    network = ATSS
+    network = Network
 
 
 ADAPTERS = {"ATSS": ATSSAdapter()}

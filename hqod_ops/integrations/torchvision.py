@@ -92,7 +92,7 @@ class FasterRCNN(DetectorNetwork):
     rpn: Any
     roi_heads: Any
 
-    def forward(  # type: ignore[override]  # by name: exporters name the file's inputs by these
+    def forward(  # type: ignore[override]  # the file's inputs have these names
         self, images: Tensor, proposals: Tensor
     ) -> tuple[Tensor, ...]:
         features = _levels(self.backbone(images))

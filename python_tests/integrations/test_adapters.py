@@ -128,6 +128,15 @@ def test_the_registry_names_the_classes_that_its_modules_know() -> None:
 
 
 @pytest.mark.require("torchvision")
+def test_a_network_is_no_detector() -> None:
+    from hqod_ops.detection.models.atss import ATSS
+    from hqod_ops.training.settings import ModelConfig
+
+    with pytest.raises(TypeError, match="got Network"):
+        detection_network(detection_network(ATSS(ModelConfig(), num_classes=3)))
+
+
+@pytest.mark.require("torchvision")
 def test_a_registered_class_of_a_library_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.models.detection import RetinaNet, retinanet_resnet50_fpn
 
