@@ -15,7 +15,7 @@ from hqod_ops.quant.nn.weight_pool import WeightPool
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.base import Quantizer
 from hqod_ops.quant.quantizers.calls import CountsCalls
-from hqod_ops.quant.quantizers.choice import make_quantizer
+from hqod_ops.quant.quantizers.registry import make_quantizer
 
 _Model = TypeVar("_Model", bound=nn.Module)
 

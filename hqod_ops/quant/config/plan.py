@@ -23,7 +23,7 @@ from hqod_ops.quant.config.qat_config import (
 from hqod_ops.quant.nn.layers import TWINS, QATLayer
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.base import Quantizer
-from hqod_ops.quant.quantizers.choice import check_quantizer, default_init
+from hqod_ops.quant.quantizers.registry import check_quantizer, default_observer
 from hqod_ops.tables import bits_text, text_table
 
 
@@ -184,7 +184,7 @@ def _plan_layer(
     for part in ("weight", "act"):
         if settings[f"{part}_init"] is None:
             quantizer = settings[f"{part}_quantizer"]
-            settings[f"{part}_init"] = default_init(part, quantizer, image)
+            settings[f"{part}_init"] = default_observer(part, quantizer, image)
     plan = LayerPlan(type=kind.__name__, **settings)
     try:
         if plan.weight_bits != FLOAT_BITS:

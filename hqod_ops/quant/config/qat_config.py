@@ -13,9 +13,8 @@ from torch import nn
 from hqod_ops.quant.nn.layers import TWINS
 from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS, as_int
 from hqod_ops.quant.patterns import Patterns, as_tuple
-from hqod_ops.quant.quantizers.choice import check_quantizer, default_init
 from hqod_ops.quant.quantizers.lsq import SCALE_MODES
-from hqod_ops.quant.quantizers.registry import QUANTIZERS
+from hqod_ops.quant.quantizers.registry import QUANTIZERS, check_quantizer, default_observer
 from hqod_ops.tables import text_table
 
 FLOAT_BITS = 32
@@ -243,7 +242,7 @@ def _describe(settings: Rule | QATConfig, kind: str) -> str:
         return _bits(bits)
     init = getattr(settings, f"{kind}_init")
     if init is None and isinstance(settings, QATConfig):
-        init = default_init(kind, getattr(settings, f"{kind}_quantizer"))
+        init = default_observer(kind, getattr(settings, f"{kind}_quantizer"))
     options = getattr(settings, f"{kind}_options") or {}
     words = [
         None if bits is None else _bits(bits),

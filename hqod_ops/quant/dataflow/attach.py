@@ -19,11 +19,6 @@ from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.quantizers.base import Quantizer
 
 
-def can_absorb(quantizer: Quantizer) -> bool:
-    """Whether a quantizer is one call of ``fake_quant`` on its input, which can take in a ReLU."""
-    return quantizer.plain and type(quantizer).transform is Quantizer.transform
-
-
 def observing(quantizer: Quantizer) -> bool:
     """Whether the quantizer is being calibrated."""
     return quantizer._observers is not None

@@ -14,7 +14,6 @@ from hqod_ops.quant.dataflow.attach import (
     Arrived,
     Attached,
     Slots,
-    can_absorb,
     quantize_functions,
     quantize_module,
     restart,
@@ -277,7 +276,7 @@ def _activation(group: _Group, flow: Dataflow) -> str | None:
     kinds = {_activation_name(site.what) for site in group.sites}
     if len(kinds) != 1 or flow.kept.intersection(group.sites):
         return None
-    return kinds.pop() if can_absorb(group.quantizer) else None
+    return kinds.pop() if group.quantizer.absorbs else None
 
 
 def _activation_name(what: nn.Module | str) -> str | None:

@@ -171,7 +171,7 @@ def read_grid(
         axis=None if axis is None else axis % dims,
         dims=dims,
         storage=_storage(name, low, high, zero_point, opset),
-        activation=getattr(quantizer, "activation", None),
+        activation=quantizer.activation,
     )
     return grid if weight is None else _with_codes(grid, quantizer, weight)
 

@@ -56,12 +56,10 @@ def check_expressible(recording: Recording, grids: Sequence[Grid]) -> None:
     for grid in grids:
         if grid.codes is not None or grid.name not in recording.before:
             continue
-        quantizer, _ = recording.calls[grid.name]
-        if getattr(quantizer, "official_ties", False) and grid.low < 0:
-            raise ValueError(
-                f"{grid.name}: ONNX rounds halves to even, it cannot express official_ties, which "
-                "rounds negative ones up"
-            )
+        quantizer, level = recording.calls[grid.name]
+        problem = quantizer.onnx_problem(level)
+        if problem is not None:
+            raise ValueError(f"{grid.name}: {problem}")
         x, y = recording.before[grid.name], recording.after[grid.name]
         steps = np.abs(grid.steps(grid.dequantize(grid.quantize(x)) - y))
         position = np.abs(grid.steps(x)) % 1.0
