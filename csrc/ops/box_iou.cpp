@@ -5,7 +5,7 @@
 namespace hqod {
 namespace {
 
-struct AlignedBoxIoU {
+struct BoxIoUOp {
   static constexpr const char* name = "aligned_box_iou";
   static constexpr Loss loss = Loss::box_iou;
   static constexpr LossInput inputs[] = {pred_input("boxes1"), target_input("boxes2")};
@@ -13,7 +13,7 @@ struct AlignedBoxIoU {
   static NoOptions options() { return {}; }
 };
 
-HQOD_LIBRARY_IMPL(m) { register_loss<AlignedBoxIoU>(m); }
+HQOD_LIBRARY_IMPL(m) { register_loss<BoxIoUOp>(m); }
 
 }  // namespace
 }  // namespace hqod

@@ -1,20 +1,20 @@
 // Every loss op, from a description of it:
 //
-//   struct Foo {
+//   struct FooOp {
 //     static constexpr const char* name = "foo_loss";
 //     static constexpr Loss loss = Loss::foo;
 //     static constexpr LossInput inputs[] = {pred_input("pred"), target_input("target")};
 //     using Form = Reduced;
 //     static FooOptions options(double eps) { return {eps}; }
 //   };
-//   HQOD_LIBRARY_IMPL(m) { register_loss<Foo>(m); }
+//   HQOD_LIBRARY_IMPL(m) { register_loss<FooOp>(m); }
 //
-// From it come foo_loss(pred, target, weight, eps, reduction) -> loss, _foo_loss_backward(grad, the
-// same, wanted) -> a gradient for each input, and _foo_loss_and_grad(the same, wanted) -> a reduced
-// loss and these gradients, from one pass. The arguments of options() are those of the schema.
+// The three ops of a schema row (library.cpp) come from it: inputs, what its form adds (a weight),
+// the arguments of options(), and what its form adds (how to reduce).
 #pragma once
 
 #include <cstddef>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -113,28 +113,29 @@ using TensorArgument = const Tensor&;
 template <size_t>
 using TensorResult = Tensor;
 
-template <typename Loss, typename Inputs, typename Options, typename Weight, typename Tail>
+template <typename Op, typename Inputs, typename Options, typename Weight, typename Tail>
 struct LossFunctions;
 
-template <typename Loss, size_t... i, typename Options, typename... Args, typename... Weight,
+template <typename Op, size_t... i, typename Options, typename... Args, typename... Weight,
           typename... Tail>
-struct LossFunctions<Loss, std::index_sequence<i...>, Options (*)(Args...), Types<Weight...>,
+struct LossFunctions<Op, std::index_sequence<i...>, Options (*)(Args...), Types<Weight...>,
                      Types<Tail...>> {
+  using Gradients = std::tuple<TensorResult<i>...>;
+
   static Tensor forward(TensorArgument<i>... inputs, Weight... weight, Args... args, Tail... tail) {
-    const Options options = Loss::options(args...);
-    LossBuilder b(Loss::loss, Loss::inputs, {&inputs...}, &options, Reducing{tail...});
+    const Options options = Op::options(args...);
+    LossBuilder b(Op::loss, Op::inputs, {&inputs...}, &options, Reducing{tail...});
     b.weight(weight...);
     return b.forward();
   }
 
-  static std::tuple<TensorResult<i>...> backward(const Tensor& grad, TensorArgument<i>... inputs,
-                                                 Weight... weight, Args... args, Tail... tail,
-                                                 int64_t wanted) {
-    const Options options = Loss::options(args...);
-    LossBuilder b(Loss::loss, Loss::inputs, {&inputs...}, &options, Reducing{tail...});
+  static Gradients backward(const Tensor& grad, TensorArgument<i>... inputs, Weight... weight,
+                            Args... args, Tail... tail, int64_t wanted) {
+    const Options options = Op::options(args...);
+    LossBuilder b(Op::loss, Op::inputs, {&inputs...}, &options, Reducing{tail...});
     b.weight(weight...);
     b.upstream(grad);
-    std::tuple<TensorResult<i>...> gradients{b.gradient(i, wanted)...};
+    Gradients gradients{b.gradient(i, wanted)...};
     b.backward();
     return gradients;
   }
@@ -142,25 +143,24 @@ struct LossFunctions<Loss, std::index_sequence<i...>, Options (*)(Args...), Type
   static std::tuple<Tensor, TensorResult<i>...> forward_and_backward(TensorArgument<i>... inputs,
                                                                      Weight... weight, Args... args,
                                                                      Tail... tail, int64_t wanted) {
-    const Options options = Loss::options(args...);
-    LossBuilder b(Loss::loss, Loss::inputs, {&inputs...}, &options, Reducing{tail...});
+    const Options options = Op::options(args...);
+    LossBuilder b(Op::loss, Op::inputs, {&inputs...}, &options, Reducing{tail...});
     b.weight(weight...);
-    std::tuple<TensorResult<i>...> gradients{b.gradient(i, wanted)...};
+    Gradients gradients{b.gradient(i, wanted)...};
     return std::tuple_cat(std::tuple{b.forward_and_backward()}, std::move(gradients));
   }
 };
 
 // Registers the ops of a loss for this library's device.
-template <typename Loss, typename Library>
+template <typename Op, typename Library>
 void register_loss(Library& m) {
-  using Functions =
-      LossFunctions<Loss, std::make_index_sequence<std::extent_v<decltype(Loss::inputs)>>,
-                    decltype(&Loss::options), typename Loss::Form::Weight,
-                    typename Loss::Form::Tail>;
-  const std::string name = Loss::name;
+  using Inputs = std::make_index_sequence<std::extent_v<decltype(Op::inputs)>>;
+  using Functions = LossFunctions<Op, Inputs, decltype(&Op::options), typename Op::Form::Weight,
+                                  typename Op::Form::Tail>;
+  const std::string name = Op::name;
   m.impl(name.c_str(), TORCH_BOX(&Functions::forward));
   m.impl(("_" + name + "_backward").c_str(), TORCH_BOX(&Functions::backward));
-  if constexpr (!std::is_same_v<typename Loss::Form, PerSample>) {
+  if constexpr (!std::is_same_v<typename Op::Form, PerSample>) {
     m.impl(("_" + name + "_and_grad").c_str(), TORCH_BOX(&Functions::forward_and_backward));
   }
 }
