@@ -5,9 +5,9 @@
 #include <memory>
 #include <vector>
 
+#include "device/device.h"
 #include "kernels/cpu/fake_quant.h"
 #include "kernels/cpu/losses.h"
-#include "ops/device.h"
 
 namespace hqod {
 namespace {

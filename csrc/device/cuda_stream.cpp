@@ -1,4 +1,4 @@
-#include "ops_cuda/stream.h"
+#include "device/cuda_stream.h"
 
 #include <dlfcn.h>
 

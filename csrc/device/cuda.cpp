@@ -1,13 +1,12 @@
 // A CUDA device: kernels on torch's current stream, partial sums in memory of torch's allocator.
-#include "ops/device.h"
-
 #include <optional>
 #include <vector>
 
+#include "device/allocate.h"
+#include "device/cuda_stream.h"
+#include "device/device.h"
 #include "kernels/cuda/fake_quant.h"
 #include "kernels/cuda/losses.h"
-#include "ops/allocate.h"
-#include "ops_cuda/stream.h"
 
 namespace hqod {
 namespace {

@@ -46,4 +46,12 @@ inline Tensor no_gradient(const Tensor& like) {
   return empty_strided(&size, &stride, 1, like.scalar_type(), like);
 }
 
+// The gradient of an input, contiguous, and where a kernel writes it.
+inline Tensor new_gradient(bool is_wanted, const Tensor& input, void*& data) {
+  if (!is_wanted) return no_gradient(input);
+  Tensor gradient = empty_contiguous(input, input.dim(), input.scalar_type());
+  data = gradient.mutable_data_ptr();
+  return gradient;
+}
+
 }  // namespace hqod
