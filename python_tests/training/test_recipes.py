@@ -15,7 +15,7 @@ pytest.importorskip("pycocotools")
 
 from hqod_ops.cli import main
 from hqod_ops.detection.models.detector import Detector
-from hqod_ops.quant import QUANTIZERS, LevelBatchNorm2d, quantizer_parameters
+from hqod_ops.quant import QUANTIZERS, LevelBatchNorm2d, placement, quantizer_parameters
 from hqod_ops.training import ConfigError
 from hqod_ops.training.build import MODELS, build_model, load_detector
 from hqod_ops.training.files import read_checkpoint
@@ -65,6 +65,14 @@ def test_frozen_tqt_by_its_preset(tmp_path: Path) -> None:
 def test_lsq_plus(tmp_path: Path) -> None:
     model, _ = train(tmp_path, *recipe("digits_w4_lsq_plus"))
     assert count(model, QUANTIZERS["lsq_plus"]) > 0 and count(model, QUANTIZERS["lsq"]) > 0
+
+
+def test_quantizers_on_the_producers(tmp_path: Path) -> None:
+    model, config = train(
+        tmp_path, *recipe("digits_w4_lsq_plus"), "--set", "quant.placement=producers"
+    )
+    assert config.quant.placement == "producers"
+    assert placement(model.network).placed
 
 
 def test_level_norms_of_aqd(tmp_path: Path) -> None:
