@@ -63,23 +63,31 @@ def _reduce(
     return total / (loss.numel() if avg_factor is None else avg_factor)
 
 
+def _sizes(boxes1: Tensor, boxes2: Tensor) -> list[Tensor]:
+    """Width and height of either box and of their intersection, negative where there is none."""
+    overlap = torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(
+        boxes1[..., :2], boxes2[..., :2]
+    )
+    return [boxes1[..., 2:] - boxes1[..., :2], boxes2[..., 2:] - boxes2[..., :2], overlap]
+
+
+def _areas(sizes: Sequence[Tensor], longest: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
+    """Intersection, union and the areas of further sizes, and eps, in units that fit float32."""
+    with torch.no_grad():
+        large = longest.amax(dim=-1, keepdim=True) > LARGE_SIDE
+        shrink = torch.where(large, SHRINK, 1.0).to(longest.dtype)
+        least = torch.where(large, SHRUNK_EPS, eps).to(longest.dtype)[..., 0]
+    area1, area2, inter, *more = (_clamp(size * shrink, 0.0).prod(dim=-1) for size in sizes)
+    return [inter, area1 + area2 - inter, *more], least
+
+
 def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """See :func:`hqod_ops.aligned_box_iou`."""
     dtype = _compute_dtype(boxes1)
     boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
-    size1, size2 = boxes1[..., 2:] - boxes1[..., :2], boxes2[..., 2:] - boxes2[..., :2]
-    overlap = torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(
-        boxes1[..., :2], boxes2[..., :2]
-    )
-    with torch.no_grad():
-        longest = torch.cat([size1, size2], dim=-1).amax(dim=-1, keepdim=True)
-        large = longest > LARGE_SIDE
-        shrink = torch.where(large, SHRINK, 1.0).to(dtype)
-        eps = torch.where(large, SHRUNK_EPS, IOU_EPS).to(dtype)[..., 0]
-    area1, area2, inter = (
-        _clamp(size * shrink, 0.0).prod(dim=-1) for size in (size1, size2, overlap)
-    )
-    return inter / _clamp(area1 + area2 - inter, eps)
+    sizes = _sizes(boxes1, boxes2)
+    (inter, union), eps = _areas(sizes, longest=torch.cat(sizes[:2], dim=-1), eps=IOU_EPS)
+    return inter / _clamp(union, eps)
 
 
 def _harmonious(iou: Tensor, alpha: float, gamma: float) -> Tensor:
