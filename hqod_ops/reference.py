@@ -76,7 +76,8 @@ def _areas(sizes: Sequence[Tensor], longest: Tensor, eps: float) -> tuple[list[T
     with torch.no_grad():
         large = longest.amax(dim=-1, keepdim=True) > LARGE_SIDE
         shrink = torch.where(large, SHRINK, 1.0).to(longest.dtype)
-        least = torch.where(large, SHRUNK_EPS, eps).to(longest.dtype)[..., 0]
+        # A tensor: where() of two numbers would round them to the default dtype.
+        least = torch.where(large, longest.new_full((), SHRUNK_EPS), eps)[..., 0]
     area1, area2, inter, *more = (_clamp(size * shrink, 0.0).prod(dim=-1) for size in sizes)
     return [inter, area1 + area2 - inter, *more], least
 
