@@ -8,7 +8,8 @@ obviously right over being fast.
 Source: X. Huang et al., *HQOD: Harmonious Quantization for Object Detection*, ICME 2024
 (arXiv:2408.02561), with the details of the authors' code; S. K. Esser et al., *Learned Step Size
 Quantization*, ICLR 2020 (arXiv:1902.08153); Y. Bhalgat et al., *LSQ+*, CVPRW 2020
-(arXiv:2004.09576).
+(arXiv:2004.09576); H. Rezatofighi et al., *Generalized Intersection over Union*, CVPR 2019
+(arXiv:1902.09630).
 """
 
 from __future__ import annotations
@@ -123,6 +124,24 @@ def harmonious_iou_loss(
 ) -> Tensor:
     """See :func:`hqod_ops.harmonious_iou_loss`."""
     return _reduce(_harmonious(aligned_box_iou(pred, target), alpha, gamma), weight, reduction)
+
+
+def generalized_box_iou_loss(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    reduction: str = "none",
+    eps: float = 1e-7,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """See :func:`hqod_ops.generalized_box_iou_loss`."""
+    dtype = _compute_dtype(boxes1)
+    boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
+    hull = torch.maximum(boxes1[..., 2:], boxes2[..., 2:]) - torch.minimum(
+        boxes1[..., :2], boxes2[..., :2]
+    )
+    (inter, union, around), least = _areas([*_sizes(boxes1, boxes2), hull], longest=hull, eps=eps)
+    loss = 1 - inter / (union + least) + (around - union) / (around + least)
+    return _reduce(loss, weight, reduction)
 
 
 def tcorr_loss(
