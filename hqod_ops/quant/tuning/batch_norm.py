@@ -1,0 +1,158 @@
+"""Batch normalisations whose running statistics are those of the quantized model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hqod_ops.quant.batches import call, evaluating
+from hqod_ops.quant.tuning.moments import Moments, channel_moments, merged
+from hqod_ops.quant.tuning.running import limited, network, require_batches, together
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+@torch.no_grad()
+def reestimate_batch_norm(
+    model: _Model,
+    batches: Iterable[Any],
+    *,
+    steps: int | None = None,
+    forward: Callable[[_Model, Any], object] | None = None,
+) -> _Model:
+    """Set the running statistics of every batch normalisation to those of the quantized model.
+
+    Quantizing weights and inputs changes mean and variance of every layer's output, and running
+    statistics from before are wrong by that. They become, over all values that a batch
+    normalisation is given in all batches, in all processes,
+
+    ``mean = sum(x) / n``, ``var = (sum(x^2) / n - mean^2) n / (n - 1)``
+
+    While they are collected, every batch normalisation normalises by its batch, so that one pass is
+    enough, and everything else is in eval mode; modes and momentum stay as they were. Those that
+    were frozen (:func:`hqod_ops.quant.freeze_batch_norm`) and those that no batch reached are left
+    as they are. Those of a :class:`hqod_ops.quant.LevelBatchNorm2d` have a level each.
+
+    In a distributed run every process calls it, with batches of its own or with none, and all get
+    the same statistics, to the bit.
+
+    Args:
+        model (nn.Module): calibrated, or float.
+        batches (iterable): of unlabelled images, as :func:`hqod_ops.quant.calibrate` takes them. A
+            batch should hold several images: its own statistics normalise it.
+        steps (int, optional): so many batches at most. Default: None, all
+        forward (callable, optional): ``forward(model, batch)`` runs one batch. Default: None
+
+    Returns:
+        nn.Module: the same object; with a warning where it has no batch normalisation to estimate.
+
+    Raises:
+        ValueError: there was no batch in any process, steps is less than 1, or a batch
+            normalisation met values that are not finite (naming it).
+        RuntimeError: it failed in another process.
+
+    Source: precise batch normalisation (arXiv:2105.07576), section 3; for quantized networks
+    arXiv:1906.03193.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hqod_ops.quant.tuning import reestimate_batch_norm
+        >>> model = nn.Sequential(nn.BatchNorm2d(1)).eval()
+        >>> batch = torch.tensor([[[[1.0, 3.0]]], [[[5.0, 7.0]]]])
+        >>> reestimate_batch_norm(model, [batch])[0].running_mean
+        tensor([4.])
+    """
+    inner = network(model)
+    norms = estimated_norms(inner)
+    if not norms:
+        warnings.warn(
+            "reestimate_batch_norm: the model has no batch normalisation whose statistics are not "
+            "frozen; nothing was done",
+            stacklevel=2,
+        )
+        return model
+    found = {name: Moments() for name in norms}
+    batches = limited(batches, steps)
+
+    def look() -> tuple[int, dict[str, Moments]]:
+        seen = 0
+        with evaluating(inner), batch_statistics(norms, found):
+            for batch in batches:
+                call(inner, batch, forward)
+                seen += 1
+        return seen, found
+
+    everyone = together(look, "re-estimation")
+    seen = require_batches(sum(count for count, _ in everyone))
+    total = {name: merged(part[name] for _, part in everyone) for name in norms}
+    for name, moments in total.items():
+        if moments.count and not bool(moments.var.isfinite().all()):
+            raise ValueError(f"{name}: expected finite inputs, their mean or variance is not")
+    for name, moments in total.items():
+        if moments.count > 1:
+            _set(norms[name], moments, seen)
+    return model
+
+
+def _set(norm: Any, moments: Moments, batches: int) -> None:
+    norm.running_mean.copy_(moments.mean)
+    norm.running_var.copy_(moments.var * (moments.count / (moments.count - 1)))
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.fill_(batches)
+
+
+def estimated_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The batch normalisations with running statistics that are not frozen, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        and getattr(module, "running_mean", None) is not None
+        and not _frozen(module)
+    }
+
+
+def _frozen(norm: nn.Module) -> bool:
+    """Whether it stays in eval mode when it is told to train."""
+    training = norm.training
+    frozen = not norm.train(True).training
+    norm.training = training
+    return frozen
+
+
+@contextmanager
+def batch_statistics(
+    norms: Mapping[str, nn.Module], found: Mapping[str, Moments] | None = None
+) -> Iterator[None]:
+    """Let batch normalisations in eval mode normalise by their batch.
+
+    Args:
+        norms (mapping of str to nn.Module): by name; of modules that have several, one suffices.
+        found (mapping of str to Moments, optional): collects what they were given. Default: None
+    """
+
+    def hook(name: str) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
+        def after(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            if x.numel() <= x.shape[1]:  # one value a channel has no variance
+                return output
+            count, mean, var = channel_moments(x)
+            if found is not None:
+                found[name].add(count, mean, var)
+            return F.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+        return after
+
+    handles = [norm.register_forward_hook(hook(name)) for name, norm in norms.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
