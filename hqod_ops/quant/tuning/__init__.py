@@ -1,5 +1,6 @@
 """Low bits without loss: what a trained model and unlabelled images can do for few bits."""
 
 from hqod_ops.quant.tuning.batch_norm import reestimate_batch_norm
+from hqod_ops.quant.tuning.bias import correct_bias
 
-__all__ = ["reestimate_batch_norm"]
+__all__ = ["correct_bias", "reestimate_batch_norm"]
