@@ -48,6 +48,20 @@ def test_a_float_model_keeps_its_statistics() -> None:
         torch.testing.assert_close(value, before[name], rtol=0.1, atol=0.05)
 
 
+def test_with_the_float_model_the_choice_of_images_cancels() -> None:
+    model = trained()
+    # Nothing is quantized: the float model's own statistics come back, whatever the images.
+    same = reestimate_batch_norm(copy.deepcopy(model), images(2), float_model=model)
+    for name, value in statistics(same).items():
+        # The variance of few values, of which one with n and one with n - 1 is divided.
+        torch.testing.assert_close(value, statistics(model)[name], rtol=5e-3, atol=1e-3)
+    made, other = quantized(model, 8), quantized(model, 8)
+    few = images(1, seed=77)
+    reestimate_batch_norm(made, few)
+    reestimate_batch_norm(other, few, float_model=model)
+    assert error(other, model) < 0.1 * error(made, model)
+
+
 def test_modes_momentum_and_the_rest_stay() -> None:
     made = quantized(trained())
     made.train()
@@ -117,6 +131,8 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
         reestimate_batch_norm(made, images(), steps=0)
     assert all(torch.equal(v, before[n]) for n, v in statistics(made).items())
+    with pytest.raises(ValueError, match="float_model: .* no 'norm'"):
+        reestimate_batch_norm(made, images(), float_model=nn.Sequential())
     with pytest.raises(ValueError, match="block.4"):
         made.block[3].weight_quantizer = made.block[3].input_quantizer = None
         made.block[3].weight.data.fill_(torch.inf)
