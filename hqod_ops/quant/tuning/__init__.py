@@ -2,5 +2,6 @@
 
 from hqod_ops.quant.tuning.batch_norm import reestimate_batch_norm
 from hqod_ops.quant.tuning.bias import correct_bias
+from hqod_ops.quant.tuning.rounding import learn_rounding
 
-__all__ = ["correct_bias", "reestimate_batch_norm"]
+__all__ = ["correct_bias", "learn_rounding", "reestimate_batch_norm"]

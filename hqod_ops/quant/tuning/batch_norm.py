@@ -159,8 +159,8 @@ class _Reference:
         with hooked(self._norms, before=self._before):
             call(self._model, batch, forward)
 
-    def _before(self, name: str, x: Tensor) -> None:
-        self._seen[name].append(channel_moments(x))
+    def _before(self, name: str, args: tuple[Tensor, ...]) -> None:
+        self._seen[name].append(channel_moments(args[0]))
 
     def take(self, name: str, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """What the next call of a batch normalisation is to subtract and to divide by."""

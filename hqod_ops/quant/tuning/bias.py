@@ -129,14 +129,14 @@ class _Watch:
         self._means: dict[str, list[Tensor]] = {}
         self._calls: dict[str, int] = {}
 
-    def follow(self, name: str, x: Tensor) -> None:
-        self._followers.read(name, x)
+    def follow(self, name: str, args: tuple[Tensor, ...]) -> None:
+        self._followers.read(name, args[0])
 
-    def expect(self, name: str, x: Tensor, y: Tensor) -> None:
+    def expect(self, name: str, args: Any, y: Tensor) -> None:
         self._means.setdefault(name, []).append(channel_moments(y, self.axes[name])[1])
         self._followers.made(name, y)
 
-    def correct(self, name: str, x: Tensor, y: Tensor) -> Tensor | None:
+    def correct(self, name: str, args: Any, y: Tensor) -> Tensor | None:
         place = self._calls.get(name, 0)
         self._calls[name] = place + 1
         means = self._means.get(name, [])

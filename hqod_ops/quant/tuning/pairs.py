@@ -91,18 +91,16 @@ def hooked(
     before: Callable[[str, Any], Any] | None = None,
     after: Callable[[str, Any, Any], Any] | None = None,
 ) -> Iterator[None]:
-    """Functions called with the name of a module and its first input, and then with its output.
+    """Functions called with a module's name and arguments, and then with its output too.
 
     What ``after`` returns, if not None, is taken for the output.
     """
 
     def pre_hook(name: str) -> Callable[..., None]:
-        return lambda module, args: before(name, args[0]) if before is not None else None
+        return lambda module, args: before(name, args) if before is not None else None
 
     def hook(name: str) -> Callable[..., Any]:
-        return lambda module, args, output: (
-            after(name, args[0], output) if after is not None else None
-        )
+        return lambda module, args, output: after(name, args, output) if after is not None else None
 
     handles = []
     for name, module in modules.items():
