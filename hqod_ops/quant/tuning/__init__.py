@@ -2,6 +2,14 @@
 
 from hqod_ops.quant.tuning.batch_norm import reestimate_batch_norm
 from hqod_ops.quant.tuning.bias import correct_bias
+from hqod_ops.quant.tuning.post_training import Quantized, Report, quantize
 from hqod_ops.quant.tuning.rounding import learn_rounding
 
-__all__ = ["correct_bias", "learn_rounding", "reestimate_batch_norm"]
+__all__ = [
+    "Quantized",
+    "Report",
+    "correct_bias",
+    "learn_rounding",
+    "quantize",
+    "reestimate_batch_norm",
+]

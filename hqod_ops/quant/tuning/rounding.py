@@ -63,9 +63,9 @@ def learn_rounding(
     float_model: nn.Module,
     batches: Iterable[Any],
     *,
-    steps: int = 500,
+    steps: int = 300,
     blocks: Patterns | None = "auto",
-    batch_size: int = 32,
+    batch_size: int = 8,
     rate: float = 0.02,
     tune: float = 0.002,
     drop: float = 0.5,
@@ -73,6 +73,7 @@ def learn_rounding(
     forward: Callable[[Any, Any], object] | None = None,
     progress: bool = True,
     seed: int = 0,
+    report: Callable[[PartResult], object] | None = None,
 ) -> _Model:
     """Learn for every weight whether it is rounded up or down, so that outputs are those in float.
 
@@ -102,11 +103,11 @@ def learn_rounding(
         float_model (nn.Module): the model as it was before.
         batches (iterable): of unlabelled images, as :func:`hqod_ops.quant.calibrate` takes them; a
             few hundred images. They are held, and run twice for every part.
-        steps (int): of the optimizer, for each part. Default: 500
+        steps (int): of the optimizer, for each part. Default: 300
         blocks (str or sequence of str, optional): names or globs of modules that are reconstructed
             as a whole (BRECQ); each takes and returns one tensor. ``"auto"`` finds the largest ones
             with 2 to 8 quantized layers. None: layer by layer (AdaRound). Default: ``"auto"``
-        batch_size (int): images of one step. Default: 32
+        batch_size (int): images of one step. Default: 8
         rate (float): learning rate of the rounding. Default: 0.02
         tune (float): learning rate of the rest, relative to its size; 0 leaves it as it is.
             Default: 0.002
@@ -116,6 +117,8 @@ def learn_rounding(
         forward (callable, optional): ``forward(model, batch)`` runs one batch. Default: None
         progress (bool): show a bar, if rich is installed. Default: True
         seed (int): of the random choice of images. Default: 0
+        report (callable, optional): called with a :class:`PartResult` after each part. Default:
+            None
 
     Returns:
         nn.Module: the same object.
@@ -154,31 +157,6 @@ def learn_rounding(
         if not number >= 0:
             raise ValueError(f"{name}: expected at least 0, got {number}")
     settings = Settings(steps, batch_size, rate, tune, drop, seed)
-    learn_parts(
-        model,
-        float_model,
-        batches,
-        settings,
-        blocks=blocks,
-        cache_mb=cache_mb,
-        forward=forward,
-        progress=progress,
-    )
-    return model
-
-
-def learn_parts(
-    model: nn.Module,
-    float_model: nn.Module,
-    batches: Iterable[Any],
-    settings: Settings,
-    *,
-    blocks: Patterns | None,
-    cache_mb: float,
-    forward: Callable[[Any, Any], object] | None,
-    progress: bool,
-) -> list[PartResult]:
-    """:func:`learn_rounding`, with what it did for each part."""
     layers = quantized_layers(model)
     check_same(model, float_model, layers)
     held = list(batches)
@@ -190,18 +168,19 @@ def learn_parts(
         warnings.warn(
             "learn_rounding: the quantizers of these weights round a function of them, and their "
             f"rounding stays: {', '.join(odd)}",
-            stacklevel=3,
+            stacklevel=2,
         )
     with evaluating(model), evaluating(float_model):
         parts = find_parts(model, held[0], forward, blocks)
         check_same(model, float_model, [name for part in parts for name in part.names])
-        results = []
         for part in shown(parts, "learn rounding", progress):
             cache = Cache(cache_mb)
             fill = partial(record, model, float_model, part, held, forward, cache)
             together(fill, "learning the rounding")
-            results.append(_learn(model, part, cache, settings))
-    return results
+            result = _learn(model, part, cache, settings)
+            if report is not None:
+                report(result)
+    return model
 
 
 def _learn(model: nn.Module, part: Part, cache: Cache, settings: Settings) -> PartResult:
