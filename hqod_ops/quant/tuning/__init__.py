@@ -2,14 +2,20 @@
 
 from hqod_ops.quant.tuning.batch_norm import reestimate_batch_norm
 from hqod_ops.quant.tuning.bias import correct_bias
+from hqod_ops.quant.tuning.bits import search_bits
 from hqod_ops.quant.tuning.post_training import Quantized, Report, quantize
 from hqod_ops.quant.tuning.rounding import learn_rounding
+from hqod_ops.quant.tuning.sensitivity import LayerSensitivity, Sensitivity, sensitivity
 
 __all__ = [
+    "LayerSensitivity",
     "Quantized",
     "Report",
+    "Sensitivity",
     "correct_bias",
     "learn_rounding",
     "quantize",
     "reestimate_batch_norm",
+    "search_bits",
+    "sensitivity",
 ]
