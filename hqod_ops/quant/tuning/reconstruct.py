@@ -135,7 +135,13 @@ class Objective:
         mean = sum(float(y.sum()) for y in outputs) / max(count, 1)
         power = sum(float((y - mean).square().sum()) for y in outputs)
         self._variance = power / max(count, 1) or 1.0
-        self._channels = self._examples[0].outputs[0].shape[1] if count else 1
+        self._unit = 1.0
+
+    def start(self, modules: Sequence[nn.Module]) -> float:
+        """:meth:`error`, which :meth:`loss` is relative to from now on."""
+        error = self.error(modules)
+        self._unit = error or 1.0
+        return error
 
     @torch.no_grad()
     def error(self, modules: Sequence[nn.Module]) -> float:
@@ -152,7 +158,7 @@ class Objective:
         return float(totals[0] / totals[1].clamp(min=1))
 
     def loss(self, modules: Sequence[nn.Module], drop: float) -> Tensor:
-        """The error on some images of one example, summed over channels."""
+        """The error on some images of one example."""
         index = int(torch.randint(len(self._examples), (), generator=self.generator))
         example = self._examples[index]
         images = len(example.inputs[0])
@@ -171,7 +177,7 @@ class Objective:
             [(y - other.to(y)).square().sum() for y, other in zip(outputs, wanted, strict=True)]
         ).sum()
         count = sum(y.numel() for y in wanted)
-        return noise / (self._variance * max(count, 1)) * self._channels
+        return noise / (self._variance * max(count, 1) * self._unit)
 
     def average(self, grads: Sequence[Tensor | None]) -> None:
         """Average gradients over processes."""

@@ -28,8 +28,8 @@ WARM_UP = 0.2
 """Share of the steps in which codes may stay undecided."""
 SHARPNESS = (20.0, 2.0)
 """How sharp the price of undecided codes is, from the end of the warm-up to the last step."""
-DECIDE = 0.01
-"""The price of an undecided code, against a relative error of 1 in every channel."""
+DECIDE = 1.0
+"""The price of all codes undecided at the end of learning, against the error at its start."""
 
 EXACT_BITS = 8
 """Inputs of so many bits are as good as unquantized: none of their values is dropped."""
@@ -80,10 +80,11 @@ def learn_rounding(
     Part by part in the order of the model, a part being a block or a layer with the batch
     normalisation that reads it, Adam minimises over random images
 
-    ``sum_c mean((y_c - y_float_c)^2) / var(y_float) + 0.01 sum(1 - |2 h - 1|^p)``
+    ``mean((y - y_float)^2) / e + t mean(1 - |2 h - 1|^p)``
 
-    where y is the part's output for inputs from the model quantized so far, h the softly rounded
-    part of each weight's code (AdaRound), and p falls from 20 to 2, so that h ends at 0 or 1. A
+    where y is the part's output for inputs from the model quantized so far, e its error at the
+    start, h the softly rounded part of each weight's code (AdaRound), and p falls from 20 to 2 as t
+    rises from 0 to 1, so that h ends at 0 or 1. A
     weight that is to be rounded the other way becomes the value it is rounded to: what was learned
     is in the weights, and state dicts and exports know nothing of it.
 
@@ -188,7 +189,7 @@ def _learn(model: nn.Module, part: Part, cache: Cache, settings: Settings) -> Pa
     modules = part.modules(model)
     layers = [model.get_submodule(name) for name in part.layers]
     objective = Objective(cache, settings.batch_size, settings.seed)
-    before = objective.error(modules)
+    before = objective.start(modules)
     saved = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
     changed = weights = 0
     with _soft(layers) as softs:
@@ -217,6 +218,7 @@ def _optimise(
     params = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
+    weights = sum(soft.logits.numel() for soft in softs)
     wanted = [p.requires_grad for p in params]
     with _dropped(modules, settings.drop, objective.generator):
         for p in params:
@@ -230,7 +232,7 @@ def _optimise(
                         done = (share - WARM_UP) / (1 - WARM_UP)
                         sharp = SHARPNESS[1] + (SHARPNESS[0] - SHARPNESS[1]) * (1 - done)
                         price = torch.stack([soft.undecided(sharp) for soft in softs]).sum()
-                        loss = loss + DECIDE * price
+                        loss = loss + DECIDE * done * price / weights
                     grads = torch.autograd.grad(loss, params, allow_unused=True)
                 for p, grad in zip(params, grads, strict=True):
                     p.grad = torch.zeros_like(p) if grad is None else grad
