@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,9 @@ from hqod_ops.tables import text_table
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
+CHECKED = 2
+"""Batches whose outputs tell whether a step is kept."""
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -39,8 +42,8 @@ class StepReport:
 
     Attributes:
         step (str), did (str): its name, and what it did.
-        snr (float): signal-to-noise ratio of the outputs after it in dB, over the first batch; NaN
-            where outputs cannot be compared, such as boxes after selection.
+        snr (float): signal-to-noise ratio of the outputs after it in dB, over the first batches;
+            NaN where outputs cannot be compared, such as boxes after selection.
         seconds (float): how long it took.
     """
 
@@ -78,13 +81,6 @@ class Report:
         Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1), encoding="utf-8")
 
 
-class Quantized(NamedTuple, Generic[_Model]):
-    """The result of :func:`quantize`: the model, and the report."""
-
-    model: _Model
-    report: Report
-
-
 def quantize(
     model: _Model,
     batches: Iterable[Any],
@@ -97,13 +93,17 @@ def quantize(
     learn: bool | Mapping[str, Any] = False,
     forward: Callable[[Any, Any], object] | None = None,
     progress: bool = True,
-) -> Quantized[_Model]:
+) -> tuple[_Model, Report]:
     """Post-training quantization in one call: a trained model and unlabelled images.
 
     :func:`hqod_ops.quant.prepare_qat`, :func:`hqod_ops.quant.calibrate`,
     :func:`reestimate_batch_norm` against the float model, :func:`learn_rounding` if it is wanted,
     and :func:`correct_bias`. Scales start from the least squared error (``"mse"``) where the
     configuration does not say otherwise and the quantizer has no start of its own.
+
+    A step after which the outputs of the first batches are further from those in float is taken
+    back, and the report says so: at 8 bits there may be nothing to gain, and a few hundred images
+    are not the training set.
 
     Args:
         model (nn.Module): a trained float model, changed in place.
@@ -119,7 +119,7 @@ def quantize(
         progress (bool): show bars, if rich is installed. Default: True
 
     Returns:
-        Quantized: the same object as ``model``, in eval mode, and the ``report``.
+        nn.Module, Report: the same object, in eval mode, and what was done.
 
     Raises:
         ValueError, TypeError, RuntimeError: as the steps.
@@ -142,7 +142,7 @@ def quantize(
     example = held[0] if held else None
     prepare_qat(model, config, first=first, prediction=prediction, example=example)
     model.eval()
-    watch = _Clock(model, float_model, held[:1], forward)
+    watch = _Clock(model, float_model, held[:CHECKED], forward)
 
     with watch.step("calibrate") as did:
         calibrate(model, held, forward=forward, progress=progress)
@@ -172,9 +172,8 @@ def quantize(
             )
             did.append(f"{moved} biases")
     sizes = summary(model)
-    return Quantized(
-        model, Report(tuple(watch.steps), tuple(parts), sizes.size_mb, sizes.float_size_mb)
-    )
+    report = Report(tuple(watch.steps), tuple(parts), sizes.size_mb, sizes.float_size_mb)
+    return model, report
 
 
 def _with_least_error(config: QATConfig) -> QATConfig:
@@ -215,22 +214,39 @@ class _Clock:
         forward: Callable[[Any, Any], object] | None,
     ) -> None:
         self.steps: list[StepReport] = []
+        self._best = math.nan
         self._model, self._batches, self._forward = model, batches, forward
         with evaluating(float_model):
             self._reference = outputs_of(float_model, batches, forward)
 
     @contextmanager
     def step(self, name: str) -> Iterator[list[str]]:
+        """A step, to be told what it did; taken back if it made the outputs worse."""
         did: list[str] = []
+        saved = copy.deepcopy(self._model.state_dict()) if self.steps else None
         start = time.monotonic()
         yield did
-        self._note(name, "; ".join(did), time.monotonic() - start)
+        ratio = self._ratio()
+        if saved is not None and ratio > self._best:
+            _restore(self._model, saved)
+            did.append("taken back, the outputs were worse")
+            ratio = self._best
+        self._best = ratio
+        snr = math.nan if math.isnan(ratio) else decibel(ratio)
+        self.steps.append(StepReport(name, "; ".join(did), snr, time.monotonic() - start))
 
-    def _note(self, name: str, did: str, seconds: float) -> None:
+    def _ratio(self) -> float:
         with evaluating(self._model):
             try:
-                ratio = noise_of(self._model, self._reference, self._batches, self._forward)
+                return noise_of(self._model, self._reference, self._batches, self._forward)
             except ValueError:  # boxes after selection, say: they differ in number
-                ratio = math.nan
-        snr = math.nan if math.isnan(ratio) else decibel(ratio)
-        self.steps.append(StepReport(name, did, snr, seconds))
+                return math.nan
+
+
+def _restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """A state of before, without the biases that were made since."""
+    for name, module in model.named_modules():
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor) and f"{name}.bias".lstrip(".") not in state:
+            module.bias = None
+    model.load_state_dict(state)

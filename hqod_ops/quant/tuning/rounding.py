@@ -24,13 +24,6 @@ from hqod_ops.quant.tuning.soft import SoftRounding, can_learn
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-WARM_UP = 0.2
-"""Share of the steps in which codes may stay undecided."""
-SHARPNESS = (20.0, 2.0)
-"""How sharp the price of undecided codes is, from the end of the warm-up to the last step."""
-DECIDE = 1.0
-"""The price of all codes undecided at the end of learning, against the error at its start."""
-
 EXACT_BITS = 8
 """Inputs of so many bits are as good as unquantized: none of their values is dropped."""
 
@@ -66,9 +59,9 @@ def learn_rounding(
     steps: int = 300,
     blocks: Patterns | None = "auto",
     batch_size: int = 8,
-    rate: float = 0.02,
+    rate: float = 0.03,
     tune: float = 0.002,
-    drop: float = 0.5,
+    drop: float = 0.0,
     cache_mb: float = 1024.0,
     forward: Callable[[Any, Any], object] | None = None,
     progress: bool = True,
@@ -80,17 +73,19 @@ def learn_rounding(
     Part by part in the order of the model, a part being a block or a layer with the batch
     normalisation that reads it, Adam minimises over random images
 
-    ``mean((y - y_float)^2) / e + t mean(1 - |2 h - 1|^p)``
+    ``mean((y - y_float)^2) / e``
 
-    where y is the part's output for inputs from the model quantized so far, e its error at the
-    start, h the softly rounded part of each weight's code (AdaRound), and p falls from 20 to 2 as t
-    rises from 0 to 1, so that h ends at 0 or 1. A
-    weight that is to be rounded the other way becomes the value it is rounded to: what was learned
-    is in the weights, and state dicts and exports know nothing of it.
+    where y is the part's output for inputs from the model quantized so far and e its error at the
+    start, over a variable h in [0, 1] for every weight, which says how far its code is rounded up
+    (AdaRound). Codes are those of h rounded, and gradients pass that unchanged: what is measured
+    while it learns is what there will be, and a few hundred steps do where AdaRound's annealing
+    of soft codes takes some ten thousand. A weight that is to be rounded the other way becomes
+    the value it is rounded to: what was learned is in the weights, and state dicts and exports know
+    nothing of it.
 
     With it, at a rate of their own, the trained scales of inputs, biases, and weight and bias of
-    batch normalisations are tuned. Input values are left unquantized at random while it learns
-    (QDrop), so that it does not fit the errors of these images. A part whose error has not become
+    batch normalisations are tuned. With ``drop``, input values are left unquantized at random while
+    it learns (QDrop). A part whose error has not become
     less on the images it has seen is put back as it was. Labels are not used.
 
     Calibrate first; :func:`reestimate_batch_norm` before it, for running statistics count as they
@@ -109,10 +104,10 @@ def learn_rounding(
             as a whole (BRECQ); each takes and returns one tensor. ``"auto"`` finds the largest ones
             with 2 to 8 quantized layers. None: layer by layer (AdaRound). Default: ``"auto"``
         batch_size (int): images of one step. Default: 8
-        rate (float): learning rate of the rounding. Default: 0.02
+        rate (float): learning rate of the rounding. Default: 0.03
         tune (float): learning rate of the rest, relative to its size; 0 leaves it as it is.
             Default: 0.002
-        drop (float): probability with which an input value is left unquantized. Default: 0.5
+        drop (float): probability with which an input value is left unquantized. Default: 0.0
         cache_mb (float): inputs and outputs of one part are held on the CPU, of so many batches as
             fit into so many MB, at least of one. Default: 1024
         forward (callable, optional): ``forward(model, batch)`` runs one batch. Default: None
@@ -218,21 +213,14 @@ def _optimise(
     params = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps)
-    weights = sum(soft.logits.numel() for soft in softs)
     wanted = [p.requires_grad for p in params]
     with _dropped(modules, settings.drop, objective.generator):
         for p in params:
             p.requires_grad_(True)
         try:
-            for step in range(settings.steps):
+            for _ in range(settings.steps):
                 with torch.enable_grad():
                     loss = objective.loss(modules, settings.drop)
-                    share = step / settings.steps
-                    if share >= WARM_UP and softs:
-                        done = (share - WARM_UP) / (1 - WARM_UP)
-                        sharp = SHARPNESS[1] + (SHARPNESS[0] - SHARPNESS[1]) * (1 - done)
-                        price = torch.stack([soft.undecided(sharp) for soft in softs]).sum()
-                        loss = loss + DECIDE * done * price / weights
                     grads = torch.autograd.grad(loss, params, allow_unused=True)
                 for p, grad in zip(params, grads, strict=True):
                     p.grad = torch.zeros_like(p) if grad is None else grad

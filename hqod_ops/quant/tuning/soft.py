@@ -1,4 +1,4 @@
-"""Weights whose rounding is learned: AdaRound's soft codes in place of a weight's quantizer."""
+"""Weights whose rounding is learned: AdaRound's codes in place of a weight's quantizer."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def can_learn(layer: QATLayer) -> bool:
 class SoftRounding(nn.Module):
     """Stands in for the quantizer of a layer's weight while its rounding is learned.
 
-    ``w = s (clamp(floor(x / s + z) + h, qmin, qmax) - z)``, ``h = clamp(1.2 sigmoid(v) - 0.1, 0,
-    1)``, where v (``logits``) starts where h is what the floor has cut off.
+    ``w = s (clamp(floor(x / s + z) + round(h), qmin, qmax) - z)``,
+    ``h = clamp(1.2 sigmoid(v) - 0.1, 0, 1)``, where v (``logits``) starts where h is what the floor
+    has cut off. The gradient to h passes the rounding unchanged.
 
     Args:
         layer (QATLayer): one that :func:`can_learn`.
@@ -52,14 +53,11 @@ class SoftRounding(nn.Module):
         """h: how far each code is rounded up."""
         return (self.logits.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
 
-    def undecided(self, sharpness: float) -> Tensor:
-        """``sum(1 - |2 h - 1|^sharpness)``: how many codes are neither rounded up nor down."""
-        return (1 - (2 * self.up() - 1).abs().pow(sharpness)).sum()
-
     def forward(self, x: Tensor) -> Tensor:
-        """The weight with soft codes."""
-        soft = (self.floor + self.up()).clamp(*self.codes)
-        return ((soft - self.zero) * self.scale).to(x.dtype)
+        """The weight on its grid."""
+        up = self.up()
+        codes = (self.floor + ((up >= 0.5).to(up) + up - up.detach())).clamp(*self.codes)
+        return ((codes - self.zero) * self.scale).to(x.dtype)
 
     @torch.no_grad()
     def land(self, weight: Tensor) -> int:

@@ -61,6 +61,18 @@ def test_outputs_that_cannot_be_compared_are_left_blank(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["steps"][0]["step"] == "calibrate"
 
 
+def test_a_step_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(model: nn.Module, *args: object, **options: object) -> None:
+        model.head.bias = nn.Parameter(torch.full((8,), 9.0))  # type: ignore[union-attr]
+        model.logits.bias.data.add_(1.0)  # type: ignore[union-attr, operator]
+
+    monkeypatch.setattr("hqod_ops.quant.tuning.post_training.correct_bias", spoil)
+    made, report = quantize(trained(), images(), CONFIG, progress=False)
+    assert "taken back" in report.steps[-1].did
+    assert report.steps[-1].snr == report.steps[-2].snr
+    assert made.head.bias is None and torch.equal(made.logits.bias, trained().logits.bias)
+
+
 def test_no_batches() -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         quantize(trained(), [], CONFIG, progress=False)
