@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from hqod_ops.integrations import harmonize
 from python_tests.integrations import harmonize_contract as contract
-from python_tests.integrations.harmonize_contract import MIXED, NONE, Case, Loss, Positives
+from python_tests.integrations.harmonize_contract import MIXED, NONE, Case, Loss, Positives, spied
 from python_tests.integrations.test_torchvision import (
     anchors,
     backbone,
@@ -103,19 +102,6 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 def term(model: nn.Module, batch: Any) -> Loss:
     losses: dict[str, Tensor] = model(*batch)
     return Loss(sum(losses.values(), start=torch.zeros(())), losses["loss_hqod"])
-
-
-def spied(owner: Any, name: str) -> Any:
-    """Patches a method so that its calls are seen: (arguments without self, result)."""
-    calls: list[tuple[Any, Any]] = []
-    original = getattr(owner, name)
-
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        calls.append((args, result))
-        return result
-
-    return mock.patch.object(owner, name, method), calls
 
 
 def from_deltas(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...]) -> Tensor:

@@ -1,0 +1,104 @@
+"""Where Ultralytics' YOLO models compute their losses.
+
+Ultralytics is under AGPL-3.0, or a licence of its own: see what that means for what you ship. This
+package contains none of it and needs it only where a user gives one of its models.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from hqod_ops.integrations.harmonize import (
+    Hook,
+    Places,
+    Recorder,
+    add_hook,
+    full_precision,
+    gone,
+    recorded,
+    wide,
+)
+
+TESTED = "8.4.190"
+
+
+_MODELS = ("DetectionModel", "SegmentationModel", "PoseModel")
+
+
+def places(model: Any) -> Places:
+    """The objects that get hooks."""
+    # The nearest class decides: some that derive from a DetectionModel have losses of other kinds.
+    kinds = (k.__name__ for k in type(model).__mro__ if k.__module__.startswith("ultralytics."))
+    if next(kinds) not in _MODELS:
+        raise TypeError(
+            f"model: expected one of ultralytics' {', '.join(_MODELS)} (the model of a YOLO), got "
+            f"{type(model).__name__}"
+        )
+    yield model, _Model
+    # It is made at the first loss, or by a trainer; until then there is nothing to hook.
+    if getattr(model, "criterion", None) is not None:
+        yield from _parts(model.criterion)
+
+
+def _parts(criterion: Any) -> Places:
+    """Of a loss; one of an end-to-end model has two, for its two heads."""
+    parts: list[Any] = [getattr(criterion, name, None) for name in ("one2many", "one2one")]
+    for part in [criterion] if None in parts else parts:
+        yield part, _DetectionLoss
+        yield part.assigner, Recorder
+
+
+class _Model(Hook):
+    tested = TESTED
+
+    def init_criterion(self) -> Any:
+        library: Any = super()
+        criterion = library.init_criterion()
+        for owner, hook in _parts(criterion):
+            add_hook(owner, hook, self._hqod_terms)
+        return criterion
+
+
+class _DetectionLoss(Hook):
+    """The library predicts in units of its grids and forgets the labels that it assigned: these are
+    taken from the assigner."""
+
+    tested = TESTED
+
+    def get_assigned_targets_and_loss(self, preds: Any, batch: Any, **kwargs: Any) -> Any:
+        library: Any = super()
+        part: Any = self
+        with recorded(part.assigner) as seen:
+            assigned, loss, items = library.get_assigned_targets_and_loss(preds, batch, **kwargs)
+        if len(seen) != 1:
+            place = "v8DetectionLoss.get_assigned_targets_and_loss calls its assigner not once"
+            raise gone(_DetectionLoss, self._hqod_base, place)
+        with full_precision(loss):
+            term = self._terms(preds, seen[0], *assigned[-2:])
+        # The entry of the box loss; a segmentation's or a pose's loss takes it from there.
+        return (
+            assigned,
+            loss + functional.pad(term[None], (0, len(loss) - 1)),
+            {
+                **items,
+                "hqod_loss": term.detach(),
+            },
+        )
+
+    def _terms(self, preds: Any, found: Any, points: Tensor, strides: Tensor) -> Tensor:
+        part: Any = self
+        labels, boxes, scores, positive, _ = found
+        image, place = positive.nonzero().unbind(1)
+        label = labels[image, place].long()
+        distances = wide(preds["boxes"][image, :, place])
+        decoded = part.bbox_decode(wide(points[place]), distances[None])[0] * wide(strides[place])
+        return self._hqod_terms(
+            decoded,
+            boxes[image, place],
+            preds["scores"][image, label, place],
+            scores.sum().clamp(min=1),
+            logits=True,
+        )
