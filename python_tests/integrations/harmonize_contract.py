@@ -7,7 +7,7 @@ import importlib
 import io
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hqod_ops.integrations import harmonize, unharmonize
-from hqod_ops.quant import calibrate, prepare_qat
+from hqod_ops.quant import QATConfig, calibrate, prepare_qat
 from python_tests.ranks import run_ranks
 
 OBJECTS, NONE, MIXED = "objects", "none", "mixed"
@@ -59,8 +59,7 @@ class Case:
     """Of a model without hooks; one entry for each place where terms are added."""
     double: Callable[[Any], Any]
     """A batch in float64."""
-    prepare: dict[str, Any] = field(default_factory=dict)
-    """Arguments of prepare_qat."""
+    config: QATConfig | str = "hqod_w4a4"
     forward: Callable[[nn.Module, Any], Any] | None = None
     """How calibration runs the model."""
 
@@ -166,7 +165,8 @@ def check_value(case: Case, content: str, options: dict[str, Any]) -> None:
     torch.testing.assert_close(total - before, wanted, rtol=1e-9, atol=1e-10)
     grad = gradients(ours, model)
     assert wanted_grad.norm() > 0
-    assert (grad - wanted_grad).norm() <= 1e-9 * wanted_grad.norm()
+    # D-FINE takes a part of its boxes through float32.
+    assert (grad - wanted_grad).norm() <= 1e-7 * wanted_grad.norm()
 
 
 def check_no_objects(case: Case) -> None:
@@ -238,7 +238,7 @@ def check_undone(case: Case) -> None:
 
 
 def prepared(case: Case, model: nn.Module) -> nn.Module:
-    prepare_qat(model, "hqod_w4a4", **case.prepare)
+    prepare_qat(model, case.config)
     return calibrate(model, [case.batch(OBJECTS)], progress=False, forward=case.forward).train()
 
 

@@ -81,7 +81,8 @@ def batch(content: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         "boxes": boxes,
         "labels": torch.tensor([1, 2, 1]),
         "masks": torch.zeros(3, 64, 64, dtype=torch.uint8),
-        "keypoints": torch.tensor([[[20.0, 20, 1], [30, 30, 1]]]).expand(3, -1, -1).contiguous(),
+        # torchvision takes key points in this dtype only.
+        "keypoints": torch.tensor([[[20, 20, 1], [30, 30, 1]]] * 3, dtype=torch.float32),
     }
     empty = {name: value[:0] for name, value in full.items()}
     targets = {MIXED: [full, empty], NONE: [empty, empty]}.get(content, [full, full])
@@ -90,7 +91,6 @@ def batch(content: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
 
 def double(batch: Any) -> Any:
     images, targets = batch
-    # torchvision takes keypoints in float32 only.
     return [i.double() for i in images], [{**t, "boxes": t["boxes"].double()} for t in targets]
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.integrations import harmonize, unharmonize
+from hqod_ops.quant import QATConfig
 from python_tests.integrations import harmonize_contract as contract
 from python_tests.integrations.harmonize_contract import (
     MIXED,
@@ -132,7 +133,7 @@ def case(name: str) -> Case:
         term,
         positives,
         double,
-        {"first": "model.0.conv", "prediction": ("*cv2.?.2", "*cv3.?.2")},
+        QATConfig(first="model.0.conv", prediction=("*cv2.?.2", "*cv3.?.2")),
         both_modes,
     )
 
