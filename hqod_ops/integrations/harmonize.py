@@ -184,7 +184,7 @@ def remove_hook(owner: Any) -> None:
     """Give an object its class back."""
     if isinstance(owner, Hook):
         owner.__class__ = owner._hqod_base
-        owner.__dict__.pop("_hqod_terms")
+        owner.__dict__.pop("_hqod_terms", None)
 
 
 class Recorder(Hook):

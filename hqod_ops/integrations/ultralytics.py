@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from hqod_ops.integrations.harmonize import (
     Hook,
     Places,
     Recorder,
+    Terms,
     add_hook,
     full_precision,
     gone,
     recorded,
     wide,
 )
+from hqod_ops.quant import QATLayer
+from hqod_ops.quant.config.plan import float_layers
 
 TESTED = "8.4.190"
 
@@ -51,15 +54,52 @@ def _parts(criterion: Any) -> Places:
         yield part.assigner, Recorder
 
 
-class _Model(Hook):
+class _Unfused(Hook):
     tested = TESTED
 
+    def fuse(self, verbose: Any = True, imgsz: Any = 640) -> Any:
+        """Validation and prediction fold batch norms into weights, whose quantizers they would take
+        for another library's: a quantized model stays as it was trained."""
+        library: Any = super()
+        return self if is_quantized(self) else library.fuse(verbose, imgsz)
+
+
+class _Model(_Unfused):
     def init_criterion(self) -> Any:
         library: Any = super()
         criterion = library.init_criterion()
         for owner, hook in _parts(criterion):
             add_hook(owner, hook, self._hqod_terms)
         return criterion
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether a model was given to :func:`hqod_ops.quant.prepare_qat`."""
+    return isinstance(model, nn.Module) and any(isinstance(m, QATLayer) for m in model.modules())
+
+
+def keep_unfused(model: nn.Module) -> None:
+    """Let Ultralytics validate and predict with a quantized model that is not harmonized."""
+    if not isinstance(model, _Unfused):
+        add_hook(model, _Unfused, Terms())
+
+
+def has_distribution(model: Any) -> bool:
+    """Whether the head predicts a side of a box as a distribution."""
+    reg_max: int = model.model[-1].reg_max
+    return reg_max > 1
+
+
+def edge_layers(model: Any) -> tuple[list[str], list[str]]:
+    """Names of the layers that see the image, and of those that predict.
+
+    The latter are the bare convolutions of the head, those outside of a block with a batch norm;
+    not the one that sums up a distribution, whose weights are constants.
+    """
+    layers = list(float_layers(model))
+    head = f"model.{len(model.model) - 1}."
+    bare = [n for n in layers if n.startswith(head) and not n.endswith(".conv")]
+    return layers[:1], bare
 
 
 class _DetectionLoss(Hook):
