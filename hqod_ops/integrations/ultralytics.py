@@ -6,6 +6,7 @@ package contains none of it and needs it only where a user gives one of its mode
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from hqod_ops.integrations.harmonize import (
     Recorder,
     Terms,
     add_hook,
+    check_hook,
     full_precision,
     gone,
     recorded,
@@ -40,6 +42,8 @@ def places(model: Any) -> Places:
             f"model: expected one of ultralytics' {', '.join(_MODELS)} (the model of a YOLO), got "
             f"{type(model).__name__}"
         )
+    losses = importlib.import_module("ultralytics.utils.loss")
+    check_hook(_DetectionLoss, getattr(losses, "v8DetectionLoss", type(model)))
     yield model, _Model
     # It is made at the first loss, or by a trainer; until then there is nothing to hook.
     if getattr(model, "criterion", None) is not None:

@@ -186,9 +186,7 @@ def case(name: str) -> Case:
     return Case(partial(made, name), batch, loss, term, positives, double, config, both_modes)
 
 
-CASES = {
-    n: case(n) for n in ("RT-DETR", "RT-DETRv2", "D-FINE", "DETR", "Deformable DETR", "LW-DETR")
-}
+CASES = {n: case(n) for n in ("RT-DETR", "RT-DETRv2", "D-FINE", "DETR", "Deformable DETR")}
 
 
 @pytest.mark.parametrize("check", contract.CHECKS)
