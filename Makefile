@@ -5,6 +5,7 @@
 #   TORCH=2.13.0           the torch: a version, or pip requirements; without torchvision among them,
 #                          as here, the detectors are left out
 #   TORCHES="2.10.0 2.13.0"   the torches of test-torch
+#   JOBS=2                 how many tests run at a time (the number of cores, but at most 8)
 #   PY=python3.12          the interpreter of test-gpu and bench-gpu, with all they need
 #   ARGS="--quick"         arguments of `hqod demo`, pytest or bench_ops.py
 #   CXX=clang++            and the other build variables: see CONTRIBUTING.md
@@ -21,6 +22,7 @@ PYTHON ?= python3
 TORCH ?= $(DEFAULT_TORCH)
 TORCHES ?= 2.13.0
 PY ?= python3
+JOBS ?= $(shell nproc | awk '{print $$1 < 8 ? $$1 : 8}')
 ARGS ?=
 
 override TORCH := $(if $(findstring torch,$(TORCH)),$(TORCH),torch==$(strip $(TORCH)))
@@ -29,6 +31,7 @@ EXTRAS := [$(if $(findstring torchvision,$(TORCH)),detection$(comma))export$(com
 SUFFIX := $(if $(subst $(DEFAULT_TORCH),,$(TORCH)),-$(shell tr -cs 'A-Za-z0-9.\n' - <<< '$(TORCH)'))
 SUFFIX += $(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 VENV := .venv$(subst $() ,,$(SUFFIX))
+export JOBS
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 # build-system.requires of pyproject.toml, but for torch: a build without isolation wants them there.
@@ -48,7 +51,7 @@ demo: $(VENV)/.installed ## train a detector, quantize it with and without HQOD,
 
 .PHONY: test
 test: $(VENV)/.installed ## the tests
-	python -m pytest $(ARGS)
+	python -m pytest --numprocesses $(JOBS) $(ARGS)
 
 .PHONY: bench
 bench: $(VENV)/.installed ## the ops against eager PyTorch, torch.compile and torch's own ops

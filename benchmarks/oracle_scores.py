@@ -20,7 +20,9 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from hqod_ops.detection.evaluation import coco_results, evaluate_coco
-from hqod_ops.training.run import load_detector, open_data, predict
+from hqod_ops.training.build import load_detector
+from hqod_ops.training.data import open_data
+from hqod_ops.training.evaluate import predict
 
 
 def nearest_iou(output: dict[str, Tensor], target: dict[str, Any], *, own_class: bool) -> Tensor:
@@ -38,7 +40,7 @@ def report(run: Path) -> None:
     """Print the three lines of a run."""
     model, config, _ = load_detector(run)
     dataset = open_data(config.data)
-    outputs, targets = predict(model, dataset, config.test, progress=False)
+    outputs, targets = predict(model, dataset, progress=False)
     pairs = list(zip(outputs, targets, strict=True))
     rescored: dict[str, Sequence[Any]] = {
         "as it is": outputs,

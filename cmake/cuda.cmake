@@ -30,6 +30,6 @@ if(HQOD_WERROR)
   target_compile_options(hqod_cuda_kernels PRIVATE --Werror=all-warnings -Xcompiler=-Wall,-Wextra)
 endif()
 
-add_ops_library(hqod_ops_cuda CUDA csrc/ops_cuda/device.cpp csrc/ops_cuda/stream.cpp)
+add_ops_library(hqod_ops_cuda CUDA csrc/device/cuda.cpp csrc/device/cuda_stream.cpp)
 target_sources(hqod_ops_cuda PRIVATE $<TARGET_OBJECTS:hqod_cuda_kernels>)
 target_link_libraries(hqod_ops_cuda PRIVATE ${CMAKE_DL_LIBS})

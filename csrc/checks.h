@@ -32,12 +32,21 @@ inline ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline bool same_shape(const Tensor& x, const Tensor& y) {
-  if (x.dim() != y.dim()) return false;
-  for (int64_t d = 0; d < x.dim(); ++d) {
+// Whether the sizes of x are the first dim ones of y.
+inline bool starts_alike(const Tensor& x, const Tensor& y, int64_t dim) {
+  if (x.dim() != dim) return false;
+  for (int64_t d = 0; d < dim; ++d) {
     if (x.size(d) != y.size(d)) return false;
   }
   return true;
+}
+
+inline bool same_shape(const Tensor& x, const Tensor& y) { return starts_alike(x, y, y.dim()); }
+
+// An option that is one of so many, counted from 0.
+inline int code_of(const char* name, int64_t code, int64_t count) {
+  STD_TORCH_CHECK(code >= 0 && code < count, name, ": expected 0 to ", count - 1, ", got ", code);
+  return static_cast<int>(code);
 }
 
 inline void check_alike(const char* name, const Tensor& x, const char* other_name,
@@ -45,22 +54,6 @@ inline void check_alike(const char* name, const Tensor& x, const char* other_nam
   STD_TORCH_CHECK(x.scalar_type() == other.scalar_type(), name, ": expected the dtype of ",
                   other_name);
   STD_TORCH_CHECK(x.device() == other.device(), name, ": expected the device of ", other_name);
-}
-
-inline void check_boxes(const char* name1, const Tensor& boxes1, const char* name2,
-                        const Tensor& boxes2) {
-  STD_TORCH_CHECK(boxes1.dim() > 0 && boxes1.size(boxes1.dim() - 1) == 4, name1,
-                  ": expected shape [..., 4]");
-  STD_TORCH_CHECK(same_shape(boxes1, boxes2), name1, " and ", name2, ": expected one shape");
-  check_alike(name2, boxes2, name1, boxes1);
-}
-
-// One value a sample: the shape of boxes without its last dimension.
-inline void check_per_box(const char* name, const Tensor& x, const Tensor& boxes) {
-  bool fits = x.dim() == boxes.dim() - 1;
-  for (int64_t d = 0; fits && d < x.dim(); ++d) fits = x.size(d) == boxes.size(d);
-  STD_TORCH_CHECK(fits, name, ": expected one value a box");
-  STD_TORCH_CHECK(x.device() == boxes.device(), name, ": expected the device of the boxes");
 }
 
 // Half samples may come with float weights or scales, but nothing else may mix.

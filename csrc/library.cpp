@@ -1,53 +1,50 @@
 // Every op's schema on one page. Reductions are 0 none, 1 mean, 2 sum; variants as in math/tcorr.h;
-// `wanted` has bit i set when input i's gradient is asked for, the others come back empty. An op
-// `_<loss>_and_grad` returns a reduced loss with its gradients, all from one pass.
+// `wanted` has bit i set when input i's gradient is asked for, the others come back empty.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <string>
+
 #include "kernels/cpu/isa.h"
+
+namespace {
+
+// A loss: <name>(<inputs><rest>) -> Tensor, and beside it
+//
+//   _<name>_backward(Tensor grad, <inputs><rest>, int wanted) -> a gradient for each input
+//   _<name>_and_grad(<inputs><rest>, int wanted) -> the loss and these gradients, from one pass
+//
+// the last for a loss that can be reduced. Inputs are all the tensors that have a gradient.
+template <typename Library>
+void def_loss(Library& m, const std::string& name, const std::string& inputs,
+              const std::string& rest) {
+  std::string gradients = "Tensor";
+  for (auto more = std::count(inputs.begin(), inputs.end(), ','); more > 0; --more) {
+    gradients += ", Tensor";
+  }
+  const std::string arguments = inputs + rest;
+  m.def((name + "(" + arguments + ") -> Tensor").c_str());
+  m.def(
+      ("_" + name + "_backward(Tensor grad, " + arguments + ", int wanted) -> (" + gradients + ")")
+          .c_str());
+  if (rest.find("int reduction") == std::string::npos) return;
+  m.def(("_" + name + "_and_grad(" + arguments + ", int wanted) -> (Tensor, " + gradients + ")")
+            .c_str());
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY(hqod, m) {
   m.def("_cpu_isa() -> int");
 
-  m.def("aligned_box_iou(Tensor boxes1, Tensor boxes2) -> Tensor");
-  m.def(
-      "_aligned_box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int wanted) "
-      "-> (Tensor, Tensor)");
-
-  m.def(
-      "harmonious_iou_loss(Tensor pred, Tensor target, Tensor? weight, float alpha, float gamma, "
-      "int reduction) -> Tensor");
-  m.def(
-      "_harmonious_iou_loss_backward(Tensor grad, Tensor pred, Tensor target, Tensor? weight, "
-      "float alpha, float gamma, int reduction, int wanted) -> (Tensor, Tensor)");
-
-  m.def(
-      "_harmonious_iou_loss_and_grad(Tensor pred, Tensor target, Tensor? weight, float alpha, "
-      "float gamma, int reduction, int wanted) -> (Tensor, Tensor, Tensor)");
-
-  m.def(
-      "tcorr_loss(Tensor scores, Tensor ious, Tensor? weight, bool logits, int variant, "
-      "int reduction) -> Tensor");
-  m.def(
-      "_tcorr_loss_backward(Tensor grad, Tensor scores, Tensor ious, Tensor? weight, bool logits, "
-      "int variant, int reduction, int wanted) -> (Tensor, Tensor)");
-
-  m.def(
-      "_tcorr_loss_and_grad(Tensor scores, Tensor ious, Tensor? weight, bool logits, int variant, "
-      "int reduction, int wanted) -> (Tensor, Tensor, Tensor)");
-
-  m.def(
-      "hqod_loss(Tensor pred, Tensor target, Tensor scores, Tensor? weight, bool logits, "
-      "int variant, float alpha, float gamma, float hiou_weight, float tcorr_weight, "
-      "int reduction, float? avg_factor) -> Tensor");
-  m.def(
-      "_hqod_loss_backward(Tensor grad, Tensor pred, Tensor target, Tensor scores, Tensor? weight, "
-      "bool logits, int variant, float alpha, float gamma, float hiou_weight, float tcorr_weight, "
-      "int reduction, float? avg_factor, int wanted) -> (Tensor, Tensor, Tensor)");
-
-  m.def(
-      "_hqod_loss_and_grad(Tensor pred, Tensor target, Tensor scores, Tensor? weight, bool logits, "
-      "int variant, float alpha, float gamma, float hiou_weight, float tcorr_weight, "
-      "int reduction, float? avg_factor, int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+  def_loss(m, "aligned_box_iou", "Tensor boxes1, Tensor boxes2", "");
+  def_loss(m, "harmonious_iou_loss", "Tensor pred, Tensor target",
+           ", Tensor? weight, float alpha, float gamma, int reduction");
+  def_loss(m, "tcorr_loss", "Tensor scores, Tensor ious",
+           ", Tensor? weight, bool logits, int variant, int reduction");
+  def_loss(m, "hqod_loss", "Tensor pred, Tensor target, Tensor scores",
+           ", Tensor? weight, bool logits, int variant, float alpha, float gamma, "
+           "float hiou_weight, float tcorr_weight, int reduction, float? avg_factor");
 
   m.def(
       "fake_quant(Tensor x, Tensor scale, Tensor? zero_point, int quant_min, int quant_max, "

@@ -19,9 +19,17 @@ BAD_INPUT = 2
 """Exit code for a wrong option, path, setting or data set."""
 
 
+_OPTIONS = (
+    *("name", "seed", "init", "device", "data.source", "quant.bits", "loss.hqod"),
+    *("schedule.epochs", "schedule.batch_size", "schedule.lr"),
+)
+"""Settings that are options of ``hqod train`` too; each is the destination of its option."""
+
+
 def _train(arguments: argparse.Namespace) -> int:
-    from hqod_ops.training.report import aggregate, markdown, read_result
-    from hqod_ops.training.run import CONFIG, Run
+    from hqod_ops.training.files import CONFIG, read_result
+    from hqod_ops.training.report import aggregate, markdown
+    from hqod_ops.training.run import Run
 
     config = _run_config(arguments)
     command = ["hqod", "train", "--resume", "--name", config.name, "--runs", str(arguments.runs)]
@@ -37,46 +45,36 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _run_config(arguments: argparse.Namespace) -> Any:
     """Settings from, in this order, the stopped run, the recipe, --set, and the options."""
-    from hqod_ops.training import settings
-    from hqod_ops.training.run import saved_settings
+    from hqod_ops.training import ConfigError, reading
+    from hqod_ops.training.files import saved_settings
 
-    values = settings.read(arguments.recipe) if arguments.recipe else {}
+    values = reading.read(arguments.recipe) if arguments.recipe else {}
     for text in arguments.set:
-        values = settings.merge(values, settings.assignment(text))
-    for name, value in (
-        ("name", arguments.name),
-        ("seed", arguments.seed),
-        ("init", arguments.init),
-        ("device", arguments.device),
-        ("data.source", arguments.data),
-        ("quant.bits", arguments.bits),
-        ("loss.hqod", arguments.hqod),
-        ("schedule.epochs", arguments.epochs),
-        ("schedule.batch_size", arguments.batch_size),
-        ("schedule.lr", arguments.lr),
-    ):
+        values = reading.merge(values, reading.assignment(text))
+    for name in _OPTIONS:
+        value = getattr(arguments, name)
         if value is not None:
-            nested: Any = value
-            for part in reversed(name.split(".")):
-                nested = {part: nested}
-            values = settings.merge(values, nested)
+            values = reading.merge(values, reading.setting(name, value))
     if arguments.resume:
         if "name" not in values:
-            raise settings.ConfigError("--resume: expected --name of the run to resume")
-        values = settings.merge(saved_settings(arguments.runs / str(values["name"])), values)
-    return settings.from_dict(settings.RunConfig, values)
+            raise ConfigError("--resume: expected --name of the run to resume")
+        values = reading.merge(saved_settings(arguments.runs / str(values["name"])), values)
+    return reading.from_dict(values)
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    from hqod_ops.training.reading import describe
+
+    print(describe())
+    return 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:
     import dataclasses
 
-    from hqod_ops.training.run import (
-        check_categories,
-        choose_device,
-        evaluate,
-        load_detector,
-        open_data,
-    )
+    from hqod_ops.training.build import choose_device, load_detector
+    from hqod_ops.training.data import check_categories, open_data
+    from hqod_ops.training.evaluate import evaluate
 
     model, config, categories = load_detector(arguments.checkpoint)
     data = config.data
@@ -87,7 +85,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     dataset = open_data(data)
     check_categories("--data", "of the model", categories, dataset.categories)
     model = model.to(choose_device(arguments.device or "auto"))
-    metrics, _ = evaluate(model, dataset, config, progress=not arguments.quiet)
+    metrics, _ = evaluate(model, dataset, workers=data.workers, progress=not arguments.quiet)
     for name, value in metrics.items():
         print(f"{name:12} {value:.4f}" if isinstance(value, float) else f"{name:12} {value}")
     return 0
@@ -95,13 +93,14 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from hqod_ops.quant import NMS, detection_network, export_onnx
-    from hqod_ops.training.run import load_detector, open_data
-    from hqod_ops.training.settings import ConfigError
+    from hqod_ops.training import ConfigError
+    from hqod_ops.training.build import load_detector
+    from hqod_ops.training.data import open_data
 
     if arguments.nms and arguments.outputs == "raw":
         raise ConfigError("--nms: expected --outputs boxes, got raw")
     model, config, _ = load_detector(arguments.checkpoint)
-    if config.quant.bits == 0:
+    if not config.quantized:
         raise ConfigError(f"{arguments.checkpoint}: expected a quantized run, got one in float")
     image, _ = open_data(config.data)[0]
     test, nms = config.test, None
@@ -193,25 +192,27 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
 
     train = command("train", _train, "Train a detector, in floating point or quantized.")
-    train.add_argument("--data", metavar="digits|PATH", help="data set; a path: COCO or VOC layout")
-    train.add_argument("--name", help="directory of the run, below --runs")
-    train.add_argument("--recipe", metavar="FILE", help="settings, TOML or JSON")
-    train.add_argument("--epochs", type=_positive, metavar="N")
-    train.add_argument("--batch-size", type=_positive, metavar="N")
-    train.add_argument("--lr", type=float, metavar="RATE", help="highest learning rate")
-    train.add_argument("--bits", type=int, metavar="B", help="2 to 8; 0: floating point")
-    train.add_argument(
-        "--hqod", action=argparse.BooleanOptionalAction, default=None, help="add the HQOD losses"
-    )
-    train.add_argument("--init", metavar="CHECKPOINT", help="weights of a float run to start from")
-    train.add_argument("--seed", type=int, metavar="S")
-    train.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
-    train.add_argument(
-        "--set", action="append", default=[], metavar="TABLE.SETTING=VALUE", help="any setting"
-    )
+    option = train.add_argument
+    option("--data", dest="data.source", metavar="digits|PATH", help="a path: COCO or VOC layout")
+    option("--name", help="directory of the run, below --runs")
+    option("--recipe", metavar="FILE", help="settings, TOML or JSON")
+    option("--epochs", dest="schedule.epochs", type=_positive, metavar="N")
+    option("--batch-size", dest="schedule.batch_size", type=_positive, metavar="N")
+    option("--lr", dest="schedule.lr", type=float, metavar="RATE", help="highest learning rate")
+    bits = "of weights and inputs: 2 to 8, or float"
+    option("--bits", dest="quant.bits", type=_bits, metavar="B", help=bits)
+    hqod = argparse.BooleanOptionalAction
+    option("--hqod", dest="loss.hqod", action=hqod, default=None, help="add the HQOD losses")
+    option("--init", metavar="CHECKPOINT", help="weights of a float run to start from")
+    option("--seed", type=int, metavar="S")
+    option("--device", help="auto, cpu, cuda, cuda:1, ...")
+    every = "any setting; hqod settings lists them all"
+    option("--set", action="append", default=[], metavar="TABLE.SETTING=VALUE", help=every)
     train.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs")
     train.add_argument("--resume", action="store_true", help="continue the run of this name")
     shared(train)
+
+    command("settings", _settings, "Every setting of hqod train, its default and its meaning.")
 
     evaluate = command("eval", _eval, "Evaluate a checkpoint.")
     evaluate.add_argument("checkpoint", type=Path, help="checkpoint, or directory of a run")
@@ -258,6 +259,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _bits(text: str) -> int | str:
+    return text if text == "float" else int(text)
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -276,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from hqod_ops._loader import check_environment
     from hqod_ops.detection.data import DataError
-    from hqod_ops.training.settings import ConfigError
+    from hqod_ops.training import ConfigError
 
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "threads", None):

@@ -16,11 +16,11 @@ for version in "$@"; do
   if [ ! -f "$venv/.installed" ]; then
     "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --upgrade pip
-    "$venv/bin/python" -m pip install "torch==$version" numpy pytest hypothesis
+    "$venv/bin/python" -m pip install "torch==$version" numpy pytest pytest-xdist hypothesis
     touch "$venv/.installed"
   fi
   echo "== torch $("$venv/bin/python" -c 'import torch; print(torch.__version__)')"
-  HQOD_REQUIRE=ext "$venv/bin/python" -m pytest
+  HQOD_REQUIRE=ext "$venv/bin/python" -m pytest --numprocesses "${JOBS:-1}"
   sha256sum --check --quiet <<< "$checksum"
   echo "the same file: $checksum"
 done

@@ -15,4 +15,4 @@ cmake --build build/emulated/cmake
 
 cd "$tree"
 export HQOD_REQUIRE=ext HQOD_EMULATED=1
-python -m pytest -m numeric "$@"
+python -m pytest --numprocesses "${JOBS:-1}" -m numeric "$@"

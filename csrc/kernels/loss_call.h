@@ -9,18 +9,15 @@
 namespace hqod {
 
 struct LossCall {
-  Dtype dtype;                      // of boxes, scores and their gradients
-  Dtype weight_dtype;               // of weight
-  int64_t count;                    // N, the number of samples
-  const void* pred = nullptr;       // [N, 4]
-  const void* target = nullptr;     // [N, 4]
-  const void* scores = nullptr;     // [N]
-  const void* ious = nullptr;       // [N]
-  const void* weight = nullptr;     // [N] or null: all 1
-  bool logits = false;              // scores are logits
-  int variant = 0;                  // TCorrVariant
-  double alpha = 1.5, gamma = 0.8;  // of HIoU
-  double hiou_weight = 1.0, tcorr_weight = 1.0;
+  Dtype dtype;                    // of boxes, scores and their gradients
+  Dtype weight_dtype;             // of weight
+  int64_t count;                  // N, the number of samples
+  const void* pred = nullptr;     // [N, 4]
+  const void* target = nullptr;   // [N, 4]
+  const void* scores = nullptr;   // [N]
+  const void* ious = nullptr;     // [N]
+  const void* weight = nullptr;   // [N] or null: all 1
+  const void* options = nullptr;  // in host memory: the loss' own struct, see kernels/losses
 
   // The result of a forward pass, in the compute type: one of the two.
   void* loss = nullptr;   // [N]
@@ -37,6 +34,11 @@ struct LossCall {
   void* d_ious = nullptr;    // [N] or null
 
   double* partial_sums = nullptr;  // [ceil(N / kLossChunk)]: where the device sums on its way
+
+  template <typename Options>
+  const Options& options_as() const {
+    return *static_cast<const Options*>(options);
+  }
 
   Dtype loss_dtype() const { return dtype == Dtype::kFloat64 ? dtype : Dtype::kFloat32; }
 };

@@ -1,4 +1,5 @@
-// Every loss has its line here: kernels/losses/<name>.h, and the two kernels of each device.
+// Every loss has its line here, from which CMake knows its sources too: csrc/ops/<name>.cpp, and
+// csrc/kernels/losses/<name>.h, whose formula it compiles into the loops of each device.
 #pragma once
 
 #define HQOD_LOSSES(X) \

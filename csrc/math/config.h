@@ -16,6 +16,13 @@
 #define HQOD_ROLL
 #endif
 
+// Whether a * b + c can be rounded once, by an instruction.
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define HQOD_FUSES 1
+#else
+#define HQOD_FUSES 0
+#endif
+
 // The CPU kernels are compiled once per instruction set, headers included. The inline namespace
 // keeps their functions apart, so that the linker never merges an AVX-512 body into the baseline.
 #ifndef HQOD_ISA

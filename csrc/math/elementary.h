@@ -19,7 +19,7 @@ HQOD_MATH_BEGIN
 HQOD_HD float mul_add(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);
-#elif defined(__FMA__)
+#elif HQOD_FUSES
   return __builtin_fmaf(a, b, c);
 #else
   return a * b + c;
@@ -29,10 +29,29 @@ HQOD_HD float mul_add(float a, float b, float c) {
 HQOD_HD double mul_add(double a, double b, double c) {
 #if defined(__CUDA_ARCH__)
   return __fma_rn(a, b, c);
-#elif defined(__FMA__)
+#elif HQOD_FUSES
   return __builtin_fma(a, b, c);
 #else
   return a * b + c;
+#endif
+}
+
+// n * s - x for a whole number n, as if rounded once, where the two are near each other: what a
+// rounded product would leave of the difference is mostly its rounding.
+HQOD_HD float less_than_multiple(float x, float n, float s) {
+#if HQOD_FUSES
+  return mul_add(n, s, -x);
+#else
+  return static_cast<float>(static_cast<double>(n) * s - x);
+#endif
+}
+
+HQOD_HD double less_than_multiple(double x, double n, double s) {
+#if HQOD_FUSES
+  return mul_add(n, s, -x);
+#else  // the halves of s have 26 and 27 bits: their products are exact for n of as many
+  const double high = bit_cast<double>(bit_cast<uint64_t>(s) & ~uint64_t{0x7ffffff});
+  return (n * high - x) + n * (s - high);
 #endif
 }
 
@@ -65,7 +84,7 @@ HQOD_HD T at_least(T x, T low) {  // NaN stays NaN
 // = 1/s. Where the quotient overflows there is no remainder (inf - inf), and the first one stands.
 template <typename T>
 HQOD_HD T quotient(T x, T s, T inverse) {
-#if defined(__FMA__) || defined(__CUDA_ARCH__)
+#if HQOD_FUSES
   const T q = x * inverse;
   const T corrected = mul_add(mul_add(-q, s, x), inverse, q);
   return corrected == corrected ? corrected : q;

@@ -91,9 +91,17 @@ HQOD_HD T fake_quant_guess(T x, const QuantScale<T>& s, T margin, Bits<T>& doubt
   return clamp_nan(code, s.low, s.high) * s.scale;
 }
 
+// level - x / s of a value inside the range, so one half at most. Not by the rounded quotient,
+// whose error grows with the code.
+template <Ratio kind, typename T>
+HQOD_HD T rounding_error(T x, T level, const QuantScale<T>& s) {
+  const T rest = less_than_multiple(x, level, s.scale);
+  return kind == Ratio::kInverse ? rest * s.inverse : rest / s.scale;
+}
+
 template <typename T>
 struct FakeQuantGrad {
-  T dx, ds, dz;
+  T dx, slope, dz;  // ds is slope dy: left to the sum that it goes into, for one fused step
 };
 
 template <Ratio kind, bool clipped, typename T>
@@ -103,11 +111,10 @@ HQOD_HD FakeQuantGrad<T> fake_quant_grad(T x, const QuantScale<T>& s, T dy) {
     stopped = (x <= s.x_low) | (x >= s.x_high);
     x = clamp_nan(x, s.x_low, s.x_high);
   }
-  const T ratio = quant_ratio<kind>(x, s);
-  const T code = round_even(ratio);
+  const T code = round_even(quant_ratio<kind>(x, s));
   const T level = clamp_nan(code, s.low, s.high);
   const bool outside = differ(code, level);
-  return {outside | stopped ? T(0) : dy, dy * (outside ? level : level - ratio),
+  return {outside | stopped ? T(0) : dy, outside ? level : rounding_error<kind>(x, level, s),
           outside ? -s.scale * dy : T(0)};
 }
 

@@ -5,10 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "ops/allocate.h"
-#include "ops/device.h"
+#include "device/allocate.h"
+#include "device/device.h"
 #include "ops/layout.h"
-#include "ops/loss.h"
 
 namespace hqod {
 namespace {
@@ -43,10 +42,8 @@ struct Job {
       int64_t quant_min, int64_t quant_max, const Options& options)
       : x(x_in), scale(scale_in), zero_point(zero_point_in) {
     STD_TORCH_CHECK(quant_min < quant_max, "quant_min: expected less than quant_max");
-    STD_TORCH_CHECK(options.activation >= 0 && options.activation <= 2,
-                    "activation: expected 0 (none), 1 (relu) or 2 (relu6)");
     call.dtype = dtype_of("x", x);
-    call.activation = static_cast<int>(options.activation);
+    call.activation = code_of("activation", options.activation, 3);
     call.quant_min = static_cast<double>(quant_min);
     call.quant_max = static_cast<double>(quant_max);
     if (!is_dense(x)) x = in_layout_of(x_in, torch::stable::empty_like(x_in));
@@ -111,23 +108,16 @@ struct Gradients {
   Tensor dx, d_scale, d_zero_point;
 };
 
-Tensor gradient(bool is_wanted, const Tensor& param, void*& data) {
-  if (!is_wanted) return no_gradient(param);
-  Tensor result = empty_contiguous(param, param.dim(), param.scalar_type());
-  data = result.mutable_data_ptr();
-  return result;
-}
-
 // Points a job at its upstream gradient, kept alive in dy, and at new results.
 Gradients prepare_backward(Job& job, const Tensor& grad, int64_t wanted, Tensor& dy) {
   STD_TORCH_CHECK(same_shape(grad, job.x), "grad: expected the shape of x");
   check_alike("grad", grad, "x", job.x);
   dy = in_layout_of(grad, job.x);
   job.call.dy = dy.const_data_ptr();
-  Tensor dx = wanted & kFirst ? like_dense(job.x) : no_gradient(job.x);
-  if (wanted & kFirst) job.call.dx = dx.mutable_data_ptr();
-  return {dx, gradient(wanted & kSecond, job.scale, job.call.d_scale),
-          gradient(wanted & kThird, job.zero_point.value_or(job.scale), job.call.d_zero_point)};
+  Tensor dx = wanted & 1 ? like_dense(job.x) : no_gradient(job.x);
+  if (wanted & 1) job.call.dx = dx.mutable_data_ptr();
+  return {dx, new_gradient(wanted & 2, job.scale, job.call.d_scale),
+          new_gradient(wanted & 4, job.zero_point.value_or(job.scale), job.call.d_zero_point)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quant_backward(

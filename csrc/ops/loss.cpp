@@ -1,12 +1,45 @@
 #include "ops/loss.h"
 
-#include "ops/allocate.h"
+#include "device/allocate.h"
 
 namespace hqod {
 
-LossBuilder::LossBuilder(const char* op, const Tensor& like, int64_t count) {
-  call.dtype = dtype_of(op, like);
-  call.count = count;
+LossBuilder::LossBuilder(Loss loss, const LossInput* inputs,
+                         std::initializer_list<const Tensor*> tensors, const void* options,
+                         const Reducing& how)
+    : loss_(loss), inputs_(inputs), reduction_(code_of("reduction", how.reduction, 3)) {
+  const Tensor& first = **tensors.begin();
+  const int64_t boxes = inputs[0].is_box ? 1 : 0, dim = first.dim();
+  STD_TORCH_CHECK(!boxes || (dim > 0 && first.size(dim - 1) == 4), inputs[0].name,
+                  ": expected shape [..., 4]");
+  dim_ = dim - boxes;
+  call_.dtype = dtype_of(inputs[0].name, first);
+  call_.count = boxes ? first.numel() / 4 : first.numel();
+  call_.options = options;
+  size_t i = 0;
+  for (const Tensor* x : tensors) {
+    const LossInput& input = inputs[i];
+    tensors_[i++] = x;
+    STD_TORCH_CHECK(starts_alike(*x, first, input.is_box ? dim : dim_), input.name, ": expected ",
+                    input.is_box ? "the shape" : "one value a sample", " of ", inputs[0].name);
+    check_alike(input.name, *x, inputs[0].name, first);
+    call_.*input.data = keep(*x);
+  }
+  if (reduction_ == kMean && call_.count != 0) {
+    call_.factor = 1.0 / how.avg_factor.value_or(static_cast<double>(call_.count));
+  }
+}
+
+void LossBuilder::weight(const std::optional<Tensor>& weight) {
+  if (!weight.has_value()) return;
+  const Tensor& first = *tensors_[0];
+  STD_TORCH_CHECK(is_one_a_sample(*weight), "weight: expected one value a sample of ",
+                  inputs_[0].name);
+  STD_TORCH_CHECK(weight->device() == first.device(), "weight: expected the device of ",
+                  inputs_[0].name);
+  check_float_beside("weight", *weight, first);
+  call_.weight_dtype = dtype_of("weight", *weight);
+  call_.weight = keep(*weight);
 }
 
 const void* LossBuilder::keep(const Tensor& x) {
@@ -15,80 +48,43 @@ const void* LossBuilder::keep(const Tensor& x) {
   return kept_[kept_count_++]->const_data_ptr();
 }
 
-void LossBuilder::boxes(const char* name1, const Tensor& boxes1, const char* name2,
-                        const Tensor& boxes2) {
-  check_boxes(name1, boxes1, name2, boxes2);
-  call.pred = keep(boxes1);
-  call.target = keep(boxes2);
-}
-
-void LossBuilder::scores(const Tensor& scores) { call.scores = keep(scores); }
-
-void LossBuilder::ious(const Tensor& ious) { call.ious = keep(ious); }
-
-void LossBuilder::weight(const std::optional<Tensor>& weight) {
-  if (!weight.has_value()) return;
-  call.weight_dtype = dtype_of("weight", *weight);
-  call.weight = keep(*weight);
-}
-
-double LossBuilder::factor(int64_t reduction, std::optional<double> avg_factor) const {
-  if (reduction != static_cast<int64_t>(Reduction::kMean) || call.count == 0) return 1.0;
-  return 1.0 / avg_factor.value_or(static_cast<double>(call.count));
-}
-
-void LossBuilder::tcorr(bool logits, int64_t variant) {
-  STD_TORCH_CHECK(variant == 0 || variant == 1, "variant: expected 0 (official) or 1 (geometric)");
-  call.logits = logits;
-  call.variant = static_cast<int>(variant);
-}
-
-Tensor LossBuilder::forward(Loss loss, const Tensor& like, int64_t dim, int64_t reduction,
-                            std::optional<double> avg_factor) {
-  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0 (none), 1 or 2");
-  const bool reduced = reduction != static_cast<int64_t>(Reduction::kNone);
-  Tensor result = empty_contiguous(like, reduced ? 0 : dim, compute_type(like));
-  (reduced ? call.total : call.loss) = result.mutable_data_ptr();
-  call.factor = factor(reduction, avg_factor);
-  run_loss_forward(loss, call, like);
+Tensor LossBuilder::forward() {
+  const Tensor& like = *tensors_[0];
+  const bool reduced = reduction_ != kNone;
+  Tensor result = empty_contiguous(like, reduced ? 0 : dim_, compute_type(like));
+  (reduced ? call_.total : call_.loss) = result.mutable_data_ptr();
+  run_loss_forward(loss_, call_, like);
   return result;
 }
 
-Tensor LossBuilder::forward_and_backward(Loss loss, const Tensor& like, int64_t reduction,
-                                         std::optional<double> avg_factor) {
-  STD_TORCH_CHECK(reduction == 1 || reduction == 2, "reduction: expected 1 (mean) or 2 (sum)");
+Tensor LossBuilder::forward_and_backward() {
+  const Tensor& like = *tensors_[0];
+  STD_TORCH_CHECK(reduction_ != kNone, "reduction: expected 1 (mean) or 2 (sum)");
   Tensor result = empty_contiguous(like, 0, compute_type(like));
-  call.total = result.mutable_data_ptr();
-  call.factor = factor(reduction, avg_factor);
-  run_loss_backward(loss, call, like);
+  call_.total = result.mutable_data_ptr();
+  run_loss_backward(loss_, call_, like);
   return result;
 }
 
-void LossBuilder::upstream(const Tensor& grad, const Tensor& like, int64_t reduction,
-                           std::optional<double> avg_factor) {
-  const ScalarType type = call.dtype == Dtype::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "reduction: expected 0 (none), 1 or 2");
-  STD_TORCH_CHECK(grad.scalar_type() == type, "grad: expected the dtype of the loss");
+void LossBuilder::upstream(const Tensor& grad) {
+  const Tensor& like = *tensors_[0];
+  STD_TORCH_CHECK(grad.scalar_type() == compute_type(like), "grad: expected the dtype of the loss");
   STD_TORCH_CHECK(grad.device() == like.device(), "grad: expected the device of the inputs");
   bool one_value = grad.numel() > 0;
   for (int64_t d = 0; d < grad.dim(); ++d) one_value &= grad.stride(d) == 0 || grad.size(d) == 1;
-  const int64_t expected = reduction == static_cast<int64_t>(Reduction::kNone) ? call.count : 1;
-  STD_TORCH_CHECK(grad.numel() == expected, "grad: expected the shape of the loss");
-  call.grad_is_scalar = one_value;  // a reduced loss, or an expanded gradient
-  call.grad = one_value ? grad.const_data_ptr() : keep(grad);
-  call.factor = factor(reduction, avg_factor);
+  STD_TORCH_CHECK(grad.numel() == (reduction_ == kNone ? call_.count : 1),
+                  "grad: expected the shape of the loss");
+  call_.grad_is_scalar = one_value;  // a reduced loss, or an expanded gradient
+  call_.grad = one_value ? grad.const_data_ptr() : keep(grad);
 }
 
-Tensor LossBuilder::wanted(bool is_wanted, const Tensor& input, void*& data) {
-  if (!is_wanted) return no_gradient(input);
-  Tensor gradient = empty_contiguous(input, input.dim(), input.scalar_type());
-  data = gradient.mutable_data_ptr();
-  return gradient;
+Tensor LossBuilder::gradient(size_t input, int64_t wanted) {
+  return new_gradient(wanted >> input & 1, *tensors_[input], call_.*inputs_[input].gradient);
 }
 
-void LossBuilder::backward(Loss loss, const Tensor& like) {
-  if (call.d_pred || call.d_target || call.d_scores || call.d_ious) {
-    run_loss_backward(loss, call, like);
+void LossBuilder::backward() {
+  if (call_.d_pred || call_.d_target || call_.d_scores || call_.d_ious) {
+    run_loss_backward(loss_, call_, *tensors_[0]);
   }
 }
 

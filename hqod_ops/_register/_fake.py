@@ -1,8 +1,6 @@
-"""Shapes, dtypes and the device rule that the fake kernels share."""
+"""The device rule, and the gradients that the fake kernels share."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,12 +13,6 @@ def one_device(*tensors: Tensor | None) -> None:
         len(devices) <= 1,
         lambda: f"expected one device, got {', '.join(sorted(map(str, devices)))}",
     )
-
-
-def fake_loss(like: Tensor, shape: Sequence[int], reduction: int) -> Tensor:
-    """A loss: one value a sample, or their sum or mean."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return like.new_empty(shape if reduction == 0 else (), dtype=dtype)
 
 
 def fake_gradient(like: Tensor, wanted: int) -> Tensor:

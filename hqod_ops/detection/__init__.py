@@ -23,7 +23,7 @@ _MODULES = {
     ),
     "evaluation": ("coco_results", "evaluate_coco"),
     "harmony": ("HarmonyReport", "harmony_report", "match_detections"),
-    "plots": ("draw_detections", "plot_curves", "plot_harmony", "plot_tcorr"),
+    "plots": ("draw_detections", "plot_curves", "plot_harmony"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -14,14 +14,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from hqod_ops.detection.boxes import broadcast_iou
 from hqod_ops.detection.data.dataset import Target
 
 try:
     from hqod_ops._host import match_detections as _match_native
 except ImportError:
     _match_native = None  # type: ignore[assignment]
-
-_UNION_EPS = 1e-6
 
 
 def match_detections(
@@ -95,8 +94,6 @@ def _whole(name: str, values: ArrayLike) -> NDArray[np.int64]:
 def pairwise_iou(boxes1: NDArray[Any], boxes2: NDArray[Any]) -> NDArray[np.float64]:
     """IoU of all pairs of boxes, in float64.
 
-    ``iou = inter / max(area1 + area2 - inter, 1e-6)``, with sides clamped at 0.
-
     Args:
         boxes1 (array[N, 4]): x1, y1, x2, y2 in pixels.
         boxes2 (array[M, 4]): the others.
@@ -104,14 +101,9 @@ def pairwise_iou(boxes1: NDArray[Any], boxes2: NDArray[Any]) -> NDArray[np.float
     Returns:
         float64[N, M]: values in [0, 1].
     """
-    a = boxes1.astype(np.float64)[:, None]
-    b = boxes2.astype(np.float64)[None]
-    sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(min=0)
-    inter = sides.prod(axis=-1)
-    area_a = (a[..., 2:] - a[..., :2]).clip(min=0).prod(axis=-1)
-    area_b = (b[..., 2:] - b[..., :2]).clip(min=0).prod(axis=-1)
-    result: NDArray[np.float64] = inter / np.maximum(area_a + area_b - inter, _UNION_EPS)
-    return result
+    rows, columns = (torch.as_tensor(boxes, dtype=torch.float64) for boxes in (boxes1, boxes2))
+    overlap: NDArray[np.float64] = broadcast_iou(rows[:, None], columns[None]).numpy()
+    return overlap
 
 
 def _rows(array: NDArray[Any]) -> int:

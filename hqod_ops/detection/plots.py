@@ -1,4 +1,4 @@
-"""Pictures of detectors: harmony of score and IoU, detections, training curves, the TCorr loss."""
+"""Pictures of detectors: harmony of score and IoU, detections, training curves."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from hqod_ops.detection._extras import require
 from hqod_ops.detection.data.dataset import Target
@@ -19,10 +19,11 @@ from hqod_ops.detection.harmony import HarmonyReport, match_detections, to_array
 
 INK, MUTED, GRID = "#1f2937", "#6b7280", "#e5e7eb"
 BLUE, ORANGE, GREEN, PURPLE, RED = "#2563eb", "#ea7317", "#0f9d76", "#7c3aed", "#dc2640"
-_Area: TypeAlias = tuple[float, float, float, float]
+_SIDE = 480
+"""Longer side of an image with boxes, in pixels."""
+
 SERIES = (BLUE, ORANGE, GREEN, PURPLE, RED, MUTED)
 _DENSITY_COLORS = ("#ffffff", "#dbe7fb", "#93b8f2", "#4a7fdc", "#2a4fa8", "#1b2a63", "#0d1230")
-_LOSS_COLORS = ("#14324f", "#1f6f8b", "#63b7a6", "#c9e4c5", "#fdf3d6", "#f6b26b", "#d9573f")
 
 _STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
@@ -41,8 +42,6 @@ _STYLE: dict[str, Any] = {
     "ytick.color": MUTED,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
-    "hatch.color": "#1f293799",
-    "hatch.linewidth": 0.6,
     "legend.frameon": False,
     "figure.facecolor": "white",
     "savefig.dpi": 160,
@@ -50,7 +49,7 @@ _STYLE: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
+def styled_figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
     """A figure in our style (inches), saved at the end; no window and no global state of pyplot."""
     matplotlib = require("matplotlib")
     figure_class = require("matplotlib.figure").Figure
@@ -65,7 +64,7 @@ def _figure(path: str | Path, width: float, height: float) -> Iterator[Any]:
         figure.savefig(path, bbox_inches="tight", pad_inches=0.12)
 
 
-def _color_map(name: str, colors: Sequence[str]) -> Any:
+def color_map(name: str, colors: Sequence[str]) -> Any:
     return require("matplotlib.colors").LinearSegmentedColormap.from_list(name, list(colors))
 
 
@@ -97,10 +96,10 @@ def plot_harmony(reports: Mapping[str, HarmonyReport], path: str | Path, columns
     columns = min(columns, len(reports))
     rows = math.ceil(len(reports) / columns)
     top = max((float(report.density.max()) for report in reports.values()), default=0.0)
-    with _figure(path, 2.75 * columns + 0.9, 3.25 * rows) as figure:
+    with styled_figure(path, 2.75 * columns + 0.9, 3.25 * rows) as figure:
         # Most cells hold little: a power scale shows them beside the peak.
         norm = require("matplotlib.colors").PowerNorm(0.4, vmin=0.0, vmax=max(top, 1.0))
-        colors = _color_map("density", _DENSITY_COLORS)
+        colors = color_map("density", _DENSITY_COLORS)
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         mesh = None
         for i, axes in enumerate(grid.flat):
@@ -157,7 +156,7 @@ def draw_detections(
 ) -> None:
     """Detections and ground truth on a grid of images.
 
-    Found objects are drawn green, false detections red, missed objects with a dashed white line.
+    Found objects are drawn green, false detections red, missed objects white.
 
     Args:
         images (sequence of Tensor[3, H, W]): values in [0, 1].
@@ -189,23 +188,19 @@ def draw_detections(
         )
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
-    with _figure(path, 2.6 * columns, 2.6 * rows + 0.35) as figure:
+    with styled_figure(path, 2.6 * columns, 2.6 * rows + 0.35) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes in grid.flat:
             axes.set_axis_off()
         for axes, image, output, target in zip(grid.flat, images, outputs, targets, strict=False):
-            pixels = image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
-            height, width = pixels.shape[:2]
-            axes.imshow(pixels, interpolation="nearest", extent=(0, width, height, 0))
-            _draw_boxes(
-                axes, output, target, categories, score_threshold, iou_threshold, width, height
-            )
+            pixels = _with_boxes(image, output, target, categories, score_threshold, iou_threshold)
+            axes.imshow(pixels.permute(1, 2, 0).numpy())
         lines = require("matplotlib.lines")
         legend = figure.legend(
             handles=[
                 lines.Line2D([], [], color=GREEN, linewidth=2, label="found: class and score"),
                 lines.Line2D([], [], color=RED, linewidth=2, label="false"),
-                lines.Line2D([], [], color="white", linewidth=2, linestyle="--", label="missed"),
+                lines.Line2D([], [], color="white", linewidth=2, label="missed"),
             ],
             loc="outside lower center",
             ncols=3,
@@ -217,99 +212,50 @@ def draw_detections(
         legend.get_frame().set_boxstyle("round", pad=0.15)
 
 
-def _draw_boxes(
-    axes: Any,
+def _with_boxes(
+    image: Tensor,
     output: Mapping[str, Tensor],
     target: Target,
     categories: Sequence[str] | None,
     score_threshold: float,
     iou_threshold: float,
-    width: int,
-    height: int,
-) -> None:
-    boxes, scores, labels = (to_array(output[key]) for key in ("boxes", "scores", "labels"))
-    kept = scores >= score_threshold
-    boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+) -> Tensor:
+    """An image, enlarged, with its detections and the objects that they missed."""
+    found = {key: output[key].detach().cpu() for key in ("boxes", "scores", "labels")}
+    order = found["scores"].argsort(stable=True)  # the best one is drawn last
+    order = order[found["scores"][order] >= score_threshold]
+    boxes, scores, labels = (to_array(found[key][order]) for key in ("boxes", "scores", "labels"))
     truth, truth_labels = to_array(target["boxes"]), to_array(target["labels"])
     matched, _ = match_detections(boxes, scores, labels, truth, truth_labels, iou_threshold)
     missed = sorted(set(range(len(truth))) - set(matched.tolist()))
-    captions = []
 
     def name(label: int) -> str:
         return str(label) if categories is None else categories[label]
 
-    for g in missed:
-        _rectangle(axes, truth[g], "white", "--")
-        captions.append((truth[g], name(int(truth_labels[g])), "white", INK))
-    for d in np.argsort(scores, kind="stable"):
-        color = GREEN if matched[d] >= 0 else RED
-        _rectangle(axes, boxes[d], color, "-")
-        captions.append((boxes[d], f"{name(int(labels[d]))} {scores[d]:.2f}", color, "white"))
-    taken: list[_Area] = []
-    for box, text, back, front in reversed(captions):
-        # In points: the panel is 2.6 inches wide, a character about 4.6 points.
-        text_width, text_height = (4.6 * len(text) + 5) * width / 180, 10.5 * height / 180
-        others = [tuple(other.tolist()) for other, *_ in captions]
-        size = (text_width, text_height)
-        x, y = _free_place(tuple(box.tolist()), size, (width, height), taken, others)
-        taken.append((x, y, x + text_width, y + text_height))
-        axes.text(
-            x + text_width / 2,
-            y + text_height / 2,
-            text,
-            fontsize=6.8,
-            color=front,
-            ha="center",
-            va="center",
-            bbox={"boxstyle": "square,pad=0.18", "facecolor": back, "edgecolor": "none"},
-        )
-
-
-def _rectangle(axes: Any, box: NDArray[Any], color: str, style: str) -> None:
-    x1, y1, x2, y2 = box.tolist()
-    patches = require("matplotlib.patches")
-    for edge, thickness in (("#00000088", 2.6), (color, 1.5)):
-        axes.add_patch(
-            patches.Rectangle(
-                (x1, y1),
-                x2 - x1,
-                y2 - y1,
-                fill=False,
-                edgecolor=edge,
-                linewidth=thickness,
-                linestyle=style,
-            )
-        )
-
-
-def _free_place(
-    box: _Area,
-    text: tuple[float, float],
-    image: tuple[int, int],
-    taken: Sequence[_Area],
-    boxes: Sequence[_Area],
-) -> tuple[float, float]:
-    """Where a caption (width, height) goes beside its box: where it hides least, in the image."""
-    (x1, y1, x2, y2), (w, h), gap = box, text, text[1] * 0.15
-    places = [(x, y) for y in (y1 - h - gap, y2 + gap) for x in (x1, x2 - w, (x1 + x2 - w) / 2)]
-    places += [(x, y) for x in (x2 + gap, x1 - w - gap) for y in (y1, y2 - h)]
-    places += [(x1, y1), (x2 - w, y2 - h)]
-
-    def cost(place: tuple[float, float]) -> float:
-        area = (*place, place[0] + w, place[1] + h)
-        return (
-            sum(_shared(area, other) for other in taken)
-            + 0.4 * _shared(area, box)
-            + 0.1 * sum(_shared(area, other) for other in boxes)
-        )
-
-    inside = [(min(max(x, 0), image[0] - w), min(max(y, 0), image[1] - h)) for x, y in places]
-    return min(inside, key=cost)
-
-
-def _shared(a: _Area, b: _Area) -> float:
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    return max(width, 0.0) * max(height, 0.0)
+    captions = [name(label) for label in truth_labels[missed].tolist()]
+    captions += [f"{name(n)} {s:.2f}" for n, s in zip(labels.tolist(), scores, strict=True)]
+    colors = ["#ffffff"] * len(missed) + [GREEN if m >= 0 else RED for m in matched]
+    pixels = image.detach().cpu().float().clamp(0, 1)
+    zoom = _SIDE / max(pixels.shape[1:])
+    pixels = functional.interpolate(pixels[None], scale_factor=zoom, mode="nearest")[0]
+    if not colors:
+        return pixels
+    drawn = torch.from_numpy(np.concatenate([truth[missed], boxes])).double() * zoom
+    draw = require("torchvision.utils").draw_bounding_boxes
+    outline = drawn + drawn.new_tensor([-1, -1, 1, 1])
+    pixels = draw(pixels, outline, colors=INK, width=5)
+    annotated: Tensor = draw(
+        pixels,
+        drawn,
+        captions,
+        colors=colors,
+        width=3,
+        font=require("matplotlib.font_manager").findfont("DejaVu Sans"),
+        font_size=15,
+        fill_labels=True,
+        label_colors=[INK if color == "#ffffff" else "#ffffff" for color in colors],
+    )
+    return annotated
 
 
 def plot_curves(
@@ -340,7 +286,7 @@ def plot_curves(
     panels = [("loss", "Training loss", 1.0)]
     if measured:
         panels.append(("AP", "AP on held-out images (%)", 100.0))
-    with _figure(path, 4.5 * len(panels), 3.5) as figure:
+    with styled_figure(path, 4.5 * len(panels), 3.5) as figure:
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (key, title, factor) in zip(grid, panels, strict=True):
             for (name, run), color in zip(runs.items(), _cycle(SERIES), strict=False):
@@ -363,71 +309,3 @@ def plot_curves(
 def _cycle(colors: Sequence[str]) -> Iterator[str]:
     while True:
         yield from colors
-
-
-def plot_tcorr(path: str | Path) -> None:
-    """The TCorr loss over score p and IoU u, published and geometric, with the way it pushes.
-
-    Arrows follow the negative gradient; hatched is where the loss lowers the score p, bounded by
-    the line where its derivative by p is 0.
-
-    Args:
-        path (str or Path): the picture to write.
-
-    Raises:
-        ImportError: matplotlib is missing.
-
-    Example:
-        >>> import os, tempfile
-        >>> from hqod_ops.detection.plots import plot_tcorr
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     plot_tcorr(os.path.join(folder, "tcorr.png"))
-    """
-    from hqod_ops import tcorr_loss
-
-    cells = 400
-    line = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
-    surfaces = {}
-    for variant in ("official", "geometric"):
-        u, p = torch.meshgrid(line, line, indexing="ij")
-        p, u = p.clone().requires_grad_(), u.clone().requires_grad_()
-        surface = tcorr_loss(p, u, variant=variant)
-        slopes = torch.autograd.grad(surface.sum(), (p, u))
-        surfaces[variant] = (surface.detach().numpy(), *(slope.numpy() for slope in slopes))
-    x = line.numpy()
-    with _figure(path, 10.2, 5.0) as figure:
-        axes = figure.subplots(1, 2, sharey=True)
-        colors = _color_map("loss", _LOSS_COLORS)
-        levels = np.linspace(0.0, 1.3, 27)
-        for panel, (variant, (loss, d_p, d_u)) in zip(axes, surfaces.items(), strict=True):
-            filled = panel.contourf(x, x, loss, levels=levels, cmap=colors)
-            step = slice(10, None, 20)
-            length = np.hypot(d_p, d_u)[step, step]
-            panel.quiver(
-                x[step],
-                x[step],
-                -d_p[step, step] / length,
-                -d_u[step, step] / length,
-                color="white",
-                scale=34,
-                width=0.0035,
-                headwidth=4.5,
-                alpha=0.85,
-            )
-            lowered = float((d_p > 0).mean())
-            title = "official (as published)" if variant == "official" else variant
-            panel.set_title(title + "\n", loc="left")
-            note = "the score is raised everywhere"
-            if lowered > 0:
-                panel.contourf(x, x, d_p, levels=[0, np.inf], colors="none", hatches=["///"])
-                panel.contour(x, x, d_p, levels=[0], colors=[INK], linewidths=1.8)
-                note = f"hatched: the score is lowered, on {100 * lowered:.0f} % of the square"
-            panel.text(0, 1.025, note, transform=panel.transAxes, fontsize=9, color=MUTED)
-            optima = [(1, 1), (0, 0)] if variant == "official" else [(1, 1)]
-            for at in optima:
-                panel.plot(*at, "o", color="white", mec=INK, markersize=9, clip_on=False)
-            panel.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xlabel="score p")
-        axes[0].set_ylabel("IoU u")
-        bar = figure.colorbar(filled, ax=axes, shrink=0.85, pad=0.015, ticks=np.arange(0, 1.3, 0.2))
-        bar.set_label("loss (○ optimum)", color=MUTED)
-        bar.outline.set_visible(False)

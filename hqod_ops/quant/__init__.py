@@ -10,8 +10,8 @@ Example:
     >>> optimizer = torch.optim.SGD(parameter_groups(model, weight_decay=1e-4), lr=1e-3)
 
 What a training script calls stands here; the classes behind it are in ``quantizers``,
-``observers``, ``nn``, ``config``, ``dataflow`` and ``export``, and can be had from here too. It
-needs torch alone.
+``observers``, ``nn``, ``config``, ``dataflow``, ``adapters`` and ``export``, and can be had from
+here too. It needs torch alone.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from hqod_ops.quant.config import (
     save_config,
     to_toml,
 )
-from hqod_ops.quant.dataflow import place_on_producers, placement
+from hqod_ops.quant.dataflow import fold_batch_norm, place_on_producers, placement
 from hqod_ops.quant.export import detection_network, export_onnx
-from hqod_ops.quant.nn import fold_batch_norm, freeze_batch_norm, use_level_batch_norm
+from hqod_ops.quant.nn import freeze_batch_norm, use_level_batch_norm
 from hqod_ops.quant.parameters import (
     float_state_dict,
     load_float_state_dict,
@@ -67,7 +67,7 @@ __all__ = [
     "use_level_batch_norm",
 ]
 
-_WINGS = ("config", "quantizers", "observers", "nn", "dataflow", "export", "summary")
+_WINGS = ("config", "quantizers", "observers", "nn", "dataflow", "adapters", "export", "summary")
 
 
 def __getattr__(name: str) -> Any:

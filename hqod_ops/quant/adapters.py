@@ -1,133 +1,173 @@
-"""The part of a detector that is a function of tensors alone, and so can be exported."""
+"""What a detector tells about itself: its edge layers, the network that exports, how that decodes.
+
+A user's class may declare the edge layers in attributes, ``qat_first`` and ``qat_prediction``. An
+:class:`Adapter` speaks for a class that does not, such as a library's, and knows the network too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import importlib
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant.export._extras import require
+from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.calls import start_levels
+
+__all__ = ["Adapter", "DetectorNetwork", "detection_network", "register_adapter"]
 
 OUTPUTS = ("raw", "boxes")
 
+_LIBRARIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "torchvision": (
+        "hqod_ops.integrations.torchvision",
+        ("RetinaNet", "FCOS", "SSD", "FasterRCNN", "MaskRCNN", "KeypointRCNN"),
+    ),
+    "hqod_ops": ("hqod_ops.integrations.atss", ("ATSS",)),
+}
+"""By top-level package: the module whose ``ADAPTERS`` has the adapters by class name, imported when
+such a model is met, and these names."""
 
-class _Network(nn.Module):
-    """Parts of a detector, by the names they have there, so that its layers keep their names."""
+_REGISTERED: dict[type[nn.Module], Adapter] = {}
 
-    parts: tuple[str, ...] = ("backbone", "head")
-    backbone: nn.Module
-    head: nn.Module
 
-    def __init__(self, model: Any, outputs: str) -> None:
+class DetectorNetwork(nn.Module):
+    """The part of a detector that is a function of tensors alone, and so can be exported.
+
+    Subclasses say in :meth:`predict` and :meth:`decode` what the detector does with its parts.
+
+    Args:
+        model (nn.Module): the detector, whose layers are shared, under the names they have there.
+        outputs (str): ``"raw"`` or ``"boxes"``. Default: ``"raw"``
+
+    Attributes:
+        parts (tuple of str): names of the modules of the detector that the network consists of.
+        no_boxes (str): why the subclass has no :meth:`decode`, for the error.
+
+    Raises:
+        ValueError: ``"boxes"`` of a subclass without :meth:`decode`.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ()
+    no_boxes: ClassVar[str] = "its adapter does not decode"
+
+    def __init__(self, model: Any, outputs: str = "raw") -> None:
         super().__init__()
+        if outputs != "raw" and type(self).decode is DetectorNetwork.decode:
+            raise ValueError(
+                f"outputs: of a {type(model).__name__} only 'raw' can be exported: {self.no_boxes}"
+            )
         for name in self.parts:
             setattr(self, name, getattr(model, name))
         self.outputs = outputs
         self.train(model.training)
         self.register_forward_pre_hook(start_levels)
 
-
-class _Dense(_Network):
-    """torchvision's one-stage detectors: predictions at every anchor."""
-
-    keys: tuple[str, ...] = ("cls_logits", "bbox_regression")
-
-    def __init__(self, model: Any, outputs: str) -> None:
-        super().__init__(model, outputs)
-        self._anchors, self._coder = model.anchor_generator, model.box_coder
-
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features = _features(self.backbone, images)
-        predictions = self.head(features)
-        raw = tuple(predictions[key] for key in self.keys)
+        """Raw predictions, or boxes clipped to the images and scores."""
+        raw, features = self.predict(images)
         if self.outputs == "raw":
             return raw
-        boxes = _clip(self.decode(raw[1], self.anchors(images, features)), images)
-        return boxes, self.scores(*raw)
+        boxes, scores = self.decode(images, features, raw)
+        limits = (images.shape[-1], images.shape[-2]) * 2
+        sides = zip(boxes.unbind(-1), limits, strict=True)
+        return torch.stack([side.clamp(0, limit) for side, limit in sides], dim=-1), scores
 
-    def anchors(self, images: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Tensor[A, 4], in pixels."""
-        lists = require("torchvision.models.detection.image_list")
-        sizes = [(images.shape[-2], images.shape[-1])]
-        anchors: list[Tensor] = self._anchors(lists.ImageList(images[:1], sizes), list(features))
-        return anchors[0]
+    def predict(self, images: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        """Raw predictions at every anchor, and what else :meth:`decode` needs."""
+        raise NotImplementedError
 
-    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
-        """Tensor[B, A, 4] from Tensor[B, A, 4]."""
-        return torch.stack([self._coder.decode_single(d, anchors) for d in deltas])
+    def decode(
+        self, images: Tensor, features: Any, raw: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Boxes Tensor[B, A, 4] in pixels and scores Tensor[B, A, classes] of what was predicted.
 
-    def scores(self, logits: Tensor, deltas: Tensor) -> Tensor:
-        """Tensor[B, A, classes]."""
-        return logits.sigmoid()
-
-
-class _FCOS(_Dense):
-    keys = ("cls_logits", "bbox_regression", "bbox_ctrness")
-
-    def decode(self, deltas: Tensor, anchors: Tensor) -> Tensor:
-        boxes: Tensor = self._coder.decode(deltas, anchors)
-        return boxes
-
-    def scores(self, logits: Tensor, deltas: Tensor, *others: Tensor) -> Tensor:
-        return (logits.sigmoid() * others[0].sigmoid()).sqrt()
+        The index of a class is the label that the detector gives it.
+        """
+        raise NotImplementedError
 
 
-class _SSD(_Dense):
-    def scores(self, logits: Tensor, deltas: Tensor) -> Tensor:
-        scores = logits.softmax(dim=-1)[..., 1:]
-        return torch.nn.functional.pad(scores, (1, 0))
+class Adapter:
+    """What is known of a class of detectors; a subclass overrides what it knows.
+
+    Attributes:
+        network (type of DetectorNetwork, optional): the network of such a model. Default: None
+    """
+
+    network: type[DetectorNetwork] | None = None
+
+    def first(self, model: nn.Module, layers: Sequence[str]) -> Patterns | None:
+        """The layers whose input is the image.
+
+        Args:
+            model (nn.Module): the detector.
+            layers (sequence of str): names in it of all layers that can be quantized, in order.
+
+        Returns:
+            str or sequence of str, optional: names or globs; None if they are not known.
+        """
+        return None
+
+    def prediction(self, model: nn.Module, layers: Sequence[str]) -> Patterns | None:
+        """The layers whose outputs are the predictions, as :meth:`first`."""
+        return None
 
 
-class _ATSS(_Network):
-    parts = ("network",)
-    network: nn.Module
+def register_adapter(kind: type[nn.Module], adapter: Adapter) -> None:
+    """Let an adapter speak for the models of a class, and of its subclasses without one.
 
-    def __init__(self, model: Any, outputs: str) -> None:
-        super().__init__(model, outputs)
-        self._detector = [model]  # in a list: its layers are not to be registered a second time
+    Args:
+        kind (type): the class of the models.
+        adapter (Adapter): replaces one that the class has.
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        logits, deltas, centerness = self.network(images)
-        if self.outputs == "raw":
-            return logits, deltas, centerness
-        detector = self._detector[0]
-        anchors = torch.cat(detector.anchors(images))
-        boxes = torch.stack([detector.decode(d, anchors) for d in deltas])
-        return _clip(boxes, images), logits.sigmoid() * centerness.sigmoid()[..., None]
+    Raises:
+        TypeError: kind is no class of modules, adapter is no Adapter.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from hqod_ops.quant import Adapter, DetectorNetwork, detection_network, register_adapter
+        >>> class Detector(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.body, self.cls, self.box = (nn.Conv2d(3, n, 1) for n in (3, 5, 4))
+        >>> class Network(DetectorNetwork):
+        ...     parts = ("body", "cls", "box")
+        ...     def predict(self, images):
+        ...         x = self.body(images)
+        ...         return tuple(head(x).flatten(2).mT for head in (self.cls, self.box)), None
+        ...     def decode(self, images, features, raw):
+        ...         return raw[1].exp(), raw[0].sigmoid()
+        >>> class DetectorAdapter(Adapter):
+        ...     network = Network
+        ...     def first(self, model, layers):
+        ...         return "body"
+        ...     def prediction(self, model, layers):
+        ...         return "cls", "box"
+        >>> register_adapter(Detector, DetectorAdapter())
+        >>> network = detection_network(Detector(), "boxes")
+        >>> [tuple(output.shape) for output in network(torch.rand(1, 3, 4, 4))]
+        [(1, 16, 4), (1, 16, 5)]
+    """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise TypeError(f"kind: expected a class of modules, got {kind!r}")
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"adapter: expected an Adapter, got {adapter!r}")
+    _REGISTERED[kind] = adapter
 
 
-class _FasterRCNN(_Network):
-    parts = ("backbone", "rpn", "roi_heads")
-    rpn: Any
-    roi_heads: Any
-
-    def forward(self, images: Tensor, proposals: Tensor) -> tuple[Tensor, ...]:
-        rpn = require("torchvision.models.detection.rpn")
-        features = self.backbone(images)
-        features = {"0": features} if isinstance(features, Tensor) else features
-        objectness, deltas = self.rpn.head(list(features.values()))
-        count = images.shape[0]
-        objectness, deltas = rpn.concat_box_prediction_layers(objectness, deltas)
-        size = (images.shape[-2], images.shape[-1])
-        pooled = self.roi_heads.box_roi_pool(features, list(proposals), [size] * count)
-        classes, boxes = self.roi_heads.box_predictor(self.roi_heads.box_head(pooled))
-        return (
-            objectness.reshape(count, -1),
-            deltas.reshape(count, -1, 4),
-            *(values.reshape(count, proposals.shape[1], -1) for values in (classes, boxes)),
-        )
-
-
-_KINDS: dict[tuple[str, str], Callable[[Any, str], _Network]] = {
-    ("torchvision", "RetinaNet"): _Dense,
-    ("torchvision", "FCOS"): _FCOS,
-    ("torchvision", "SSD"): _SSD,
-    ("torchvision", "FasterRCNN"): _FasterRCNN,
-    ("hqod_ops", "ATSS"): _ATSS,
-}
+def find_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter of a model's class, or of the nearest of its bases that has one."""
+    for kind in type(model).__mro__:
+        if kind in _REGISTERED:
+            return _REGISTERED[kind]
+        module, names = _LIBRARIES.get(kind.__module__.partition(".")[0], ("", ()))
+        if kind.__name__ in names:
+            adapter: Adapter = importlib.import_module(module).ADAPTERS[kind.__name__]
+            return adapter
+    return None
 
 
 def detection_network(model: nn.Module, outputs: str = "raw") -> nn.Module:
@@ -136,73 +176,31 @@ def detection_network(model: nn.Module, outputs: str = "raw") -> nn.Module:
     Resizing and normalising come before it, selection and non-maximum suppression behind it. It
     shares the layers of the detector, under the same names.
 
-    ============== ==================================== =====================================
-    model          ``"raw"``                            ``"boxes"``
-    ============== ==================================== =====================================
-    RetinaNet      class logits, box deltas             boxes, scores (sigmoid)
-    FCOS           class logits, distances, centerness  boxes, scores (sqrt of the product)
-    SSD, SSDLite   class logits, box deltas             boxes, scores (softmax, background 0)
-    ATSS           class logits, deltas, centerness     boxes, scores (class times centerness)
-    Faster R-CNN   objectness, deltas, class logits,    not available
-                   box deltas of the proposals
-    ============== ==================================== =====================================
-
-    Logits and scores are Tensor[B, A, classes], deltas and boxes Tensor[B, A, 4], centerness
-    Tensor[B, A] (of FCOS [B, A, 1]); boxes are (x1, y1, x2, y2) in pixels of the given images,
-    clipped to them; a class's index is the label that the detector gives it. Faster R-CNN takes the
-    proposals, Tensor[B, P, 4] in pixels, as a second argument, since their selection depends on the
-    data.
+    What is raw, and what of it there is to decode, stands in the modules of
+    ``hqod_ops.integrations``, one a library. Boxes are (x1, y1, x2, y2) in pixels of the given
+    images, clipped to them, Tensor[B, A, 4]; scores are Tensor[B, A, classes], and the index of a
+    class is the label that the detector gives it.
 
     Args:
-        model (nn.Module): torchvision's RetinaNet, FCOS, SSD, SSDLite or Faster R-CNN, or
-            :class:`hqod_ops.detection.ATSS`; quantized or not.
+        model (nn.Module): a detector of a library there, or one whose class was given to
+            :func:`register_adapter`; quantized or not.
         outputs (str): ``"raw"`` predictions, or decoded ``"boxes"``. Default: ``"raw"``
 
     Returns:
-        nn.Module: called with images Tensor[B, 3, H, W] as the detector's backbone sees them: of a
-        torchvision detector, ``model.transform(images)[0].tensors``.
+        nn.Module: called with images Tensor[B, 3, H, W] as the detector's backbone sees them.
 
     Raises:
-        TypeError: another kind of model.
-        ValueError: unknown outputs, or ``"boxes"`` of a Faster R-CNN.
-
-    Example:
-        >>> import torch
-        >>> from hqod_ops.detection.models.atss import ATSS
-        >>> from hqod_ops.training.settings import ModelConfig
-        >>> from hqod_ops.quant.export import detection_network
-        >>> network = detection_network(ATSS(ModelConfig(), num_classes=10).eval(), "boxes")
-        >>> [tuple(output.shape) for output in network(torch.rand(1, 3, 32, 32))]
-        [(1, 20, 4), (1, 20, 10)]
+        TypeError: another kind of model; the message lists those that are known.
+        ValueError: unknown outputs, or ``"boxes"`` of a model that has only raw ones.
     """
     if outputs not in OUTPUTS:
         raise ValueError(f"outputs: expected one of {', '.join(OUTPUTS)}, got {outputs!r}")
-    for kind in type(model).__mro__:
-        build = _KINDS.get((kind.__module__.partition(".")[0], kind.__name__))
-        if build is _FasterRCNN and outputs != "raw":
-            raise ValueError(
-                "outputs: of a Faster R-CNN only 'raw' can be exported: which proposals the second "
-                "stage sees depends on the data"
-            )
-        if build is not None:
-            return build(model, outputs)
-    raise TypeError(
-        "model: expected torchvision's RetinaNet, FCOS, SSD or FasterRCNN, or ATSS, got "
-        f"{type(model).__name__}"
-    )
-
-
-def _features(backbone: nn.Module, images: Tensor) -> list[Tensor]:
-    features = backbone(images)
-    return [features] if isinstance(features, Tensor) else list(features.values())
-
-
-def _clip(boxes: Tensor, images: Tensor) -> Tensor:
-    height, width = images.shape[-2], images.shape[-1]
-    return torch.stack(
-        [
-            side.clamp(0, size)
-            for side, size in zip(boxes.unbind(-1), (width, height) * 2, strict=True)
-        ],
-        dim=-1,
-    )
+    adapter = find_adapter(model)
+    if adapter is None or adapter.network is None:
+        known = [f"{name}'s {', '.join(kinds)}" for name, (_, kinds) in _LIBRARIES.items()]
+        known += [kind.__name__ for kind, own in _REGISTERED.items() if own.network is not None]
+        raise TypeError(
+            f"model: expected {'; '.join(known)}; or one of a class whose network was given to "
+            f"register_adapter, got {type(model).__name__}"
+        )
+    return adapter.network(model, outputs)

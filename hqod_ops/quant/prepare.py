@@ -9,13 +9,16 @@ from torch import nn
 
 from hqod_ops.quant.config.plan import LayerPlan, float_layers, plan_layers
 from hqod_ops.quant.config.qat_config import FLOAT_BITS, QATConfig, changed, get_config
-from hqod_ops.quant.nn.batch_norm import fold_batch_norm, freeze_batch_norm
+from hqod_ops.quant.dataflow.attach import ExpectedModules
+from hqod_ops.quant.dataflow.fold import fold_batch_norm
+from hqod_ops.quant.dataflow.producers import place_on_producers
+from hqod_ops.quant.nn.batch_norm import freeze_batch_norm
 from hqod_ops.quant.nn.layers import TWINS, QATLayer
 from hqod_ops.quant.nn.weight_pool import WeightPool
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.base import Quantizer
-from hqod_ops.quant.quantizers.calls import CountsCalls
-from hqod_ops.quant.quantizers.choice import make_quantizer
+from hqod_ops.quant.quantizers.registry import make_quantizer
+from hqod_ops.quant.runtime import track_calls
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -35,7 +38,8 @@ def prepare_qat(
     fake-quantizes its weight and its input; nothing is traced, so any control flow works. Batch
     normalisation is left as it is, and trains, unless ``config.batch_norm`` says otherwise. Next,
     run :func:`calibrate`; until then, the model raises an error when it is called.
-    :func:`plan_qat` shows what will be done.
+    :func:`plan_qat` shows what will be done. With ``config.placement="producers"`` inputs are
+    quantized where they are made, as :func:`place_on_producers` does it; :func:`placement` reports.
 
     The first convolution, with the image as its input, and the prediction layers get
     ``config.edge_bits`` bits. They are those of ``first`` and ``prediction`` here or in config;
@@ -100,47 +104,14 @@ def prepare_qat(
             TWINS[type(layers[name])].from_float(
                 layers[name], weight_quantizer=weight_quantizer, input_quantizer=input_quantizer
             )
-    track_calls(model)
-    model.register_forward_pre_hook(_start_forward)
+    state = track_calls(model)
+    state.expected = ExpectedModules(model)
     if config.foreach:
         weights = [m for m in model.modules() if isinstance(m, QATLayer) and m.weight_quantizer]
-        model.__dict__["_hqod_weights"] = WeightPool(weights)
-        model.register_forward_pre_hook(_open_weights)
-        model.register_forward_hook(_close_weights, always_call=True)
+        state.weights = WeightPool(weights)
+    if config.placement == "producers" and any(q is not None for _, q in quantizers.values()):
+        place_on_producers(model)
     return model
-
-
-def track_calls(model: nn.Module) -> None:
-    """Note which modules of a prepared model count their calls: quantizers of inputs, level norms.
-
-    To be called again when quantizers were added or moved.
-
-    Args:
-        model (nn.Module): the model that was given to :func:`prepare_qat`.
-    """
-    weights = {m.weight_quantizer for m in model.modules() if isinstance(m, QATLayer)}
-    # A plain attribute, not registered as submodules; deepcopy maps its entries to their copies.
-    model.__dict__["_hqod_counting"] = [
-        module
-        for module in model.modules()
-        if isinstance(module, CountsCalls) and module not in weights
-    ]
-
-
-def _start_forward(model: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a prepared model. It finds its quantizers on the model it is given, so
-    that in a copy of the model it resets the copy's."""
-    for module in model.__dict__["_hqod_counting"]:
-        module.reset_level()
-
-
-def _open_weights(model: nn.Module, args: Any) -> None:
-    """Forward pre-hook of a model whose weights are quantized together."""
-    model.__dict__["_hqod_weights"].open()
-
-
-def _close_weights(model: nn.Module, args: Any, output: Any) -> None:
-    model.__dict__["_hqod_weights"].close()
 
 
 def _quantizers(

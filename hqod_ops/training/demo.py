@@ -7,18 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hqod_ops.training.report import draw_report, label, read_result, write_report
-from hqod_ops.training.run import Run, is_finished
+from hqod_ops.quant.config import QATConfig
+from hqod_ops.training.files import CHECKPOINT, is_finished, read_result
+from hqod_ops.training.reading import to_dict
+from hqod_ops.training.report import draw_report, label, write_report
+from hqod_ops.training.run import Run
 from hqod_ops.training.settings import (
     DataConfig,
     LossConfig,
     ModelConfig,
-    QuantConfig,
     RunConfig,
     ScheduleConfig,
-    to_dict,
 )
-from hqod_ops.training.trainer import CHECKPOINT
 
 _FLOAT_LR, _QUANT_LR = 4e-3, 1e-3
 
@@ -82,7 +82,7 @@ def demo_configs(length: Length, seed: int, directory: str, runs: Path) -> list[
             base,
             name=f"{directory}/w{bits}{'-hqod' if hqod else ''}",
             init=str(runs / base.name / CHECKPOINT),
-            quant=QuantConfig(bits=bits, weight_init="lsq" if bits == 2 else "minmax"),
+            quant=QATConfig(bits, bits, weight_init="lsq" if bits == 2 else None),
             loss=LossConfig(hqod=hqod),
             schedule=schedule,
         )

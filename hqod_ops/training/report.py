@@ -14,8 +14,12 @@ from torch.utils.data import Subset
 
 from hqod_ops.detection.harmony import HarmonyReport
 from hqod_ops.detection.plots import draw_detections, plot_harmony
-from hqod_ops.training.run import CONFIG, HARMONY, RESULT, load_detector, open_data, predict
-from hqod_ops.training.settings import ConfigError
+from hqod_ops.quant.config import FLOAT_BITS
+from hqod_ops.training import ConfigError
+from hqod_ops.training.build import load_detector
+from hqod_ops.training.data import open_data
+from hqod_ops.training.evaluate import predict
+from hqod_ops.training.files import HARMONY, RESULT, read_result
 
 COLUMNS = {"AP": 100.0, "AP50": 100.0, "AP75": 100.0, "pearson": 1.0, "gap": 1.0}
 """Columns of the table and the factor their values are shown with."""
@@ -26,28 +30,6 @@ _SHOWN = 8
 """Test images in the picture of detections."""
 
 _SHOWN_SCORE = 0.25
-
-
-def read_result(directory: str | Path) -> dict[str, Any]:
-    """The result of a finished run, with its settings under ``"config"``.
-
-    Args:
-        directory (str or Path): directory of the run.
-
-    Raises:
-        ConfigError: it holds no finished run.
-    """
-    directory = Path(directory)
-    try:
-        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
-        result["config"] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename}: expected the directory of a finished run ({error.strerror})"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{directory}: broken result: {error}") from None
-    return dict(result)
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
@@ -69,13 +51,14 @@ def label(config: Mapping[str, Any]) -> str:
     """What a run is called in a table: its bits and its loss.
 
     Example:
-        >>> from hqod_ops.training.settings import RunConfig, to_dict
+        >>> from hqod_ops.training.reading import to_dict
+        >>> from hqod_ops.training.settings import RunConfig
         >>> from hqod_ops.training.report import label
         >>> label(to_dict(RunConfig()))
         'FP32'
     """
     quant, loss = config["quant"], config["loss"]
-    name = f"{quant['bits']}-bit LSQ" if quant["bits"] else "FP32"
+    name = _quantized(quant)
     if loss["hqod"]:
         name += " + HQOD"
         if loss["variant"] != "official":
@@ -83,11 +66,22 @@ def label(config: Mapping[str, Any]) -> str:
     return name
 
 
+def _quantized(quant: Mapping[str, Any]) -> str:
+    bits, quantizers = (
+        list(dict.fromkeys(quant[f"{kind}_{what}"] for kind in ("weight", "act")))
+        for what in ("bits", "quantizer")
+    )
+    if bits == [FLOAT_BITS]:
+        return "mixed bits" if quant["overrides"] else "FP32"
+    width = f"{bits[0]}-bit" if len(bits) == 1 else f"W{bits[0]}A{bits[1]}"
+    return f"{width} {'/'.join(quantizers).upper().replace('_PLUS', '+').replace('_', ' ')}"
+
+
 def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and sample standard deviation over the runs that differ in their seed alone.
 
     Args:
-        results (sequence of mapping): what :func:`read_result` gives.
+        results (sequence of mapping): what :func:`hqod_ops.training.files.read_result` gives.
 
     Returns:
         list of dict: one for each group in order of appearance: ``label`` (with the names of its
@@ -95,7 +89,8 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         metric ``{"mean": ..., "std": ...}``, None without a value and, for std, with one.
 
     Example:
-        >>> from hqod_ops.training.settings import RunConfig, to_dict
+        >>> from hqod_ops.training.reading import to_dict
+        >>> from hqod_ops.training.settings import RunConfig
         >>> from hqod_ops.training.report import aggregate
         >>> metrics = {"AP": 0.5, "AP50": 0.8, "AP75": 0.6, "pearson": 0.7, "gap": 0.2}
         >>> runs = [{**metrics, "AP": ap, "config": to_dict(RunConfig(seed=s))}
@@ -220,7 +215,7 @@ def draw_report(runs: Iterable[str | Path], output: Path, *, progress: bool = Tr
     # Of scenes that are drawn, no more than are shown; of files, the first ones.
     dataset = open_data(replace(config.data, test_images=_SHOWN))
     shown = Subset(dataset, range(min(_SHOWN, len(dataset))))
-    outputs, targets = predict(model, shown, config.test, progress=progress)
+    outputs, targets = predict(model, shown, progress=progress)
     draw_detections(
         [dataset[i][0] for i in shown.indices],
         outputs,

@@ -15,7 +15,7 @@ from hqod_ops import reference
 from hqod_ops.detection.models import RawOutputs, ResNetFPN
 from hqod_ops.detection.models.atss import ATSS, LOG_SIZE_LIMIT
 from hqod_ops.detection.models.losses import atss_losses, centerness_target, gather_targets, total
-from hqod_ops.training.settings import LossConfig, ModelConfig, TestConfig
+from hqod_ops.detection.models.options import LossConfig, ModelConfig, TestConfig
 
 TINY = ModelConfig(stem=8, widths=(8, 8, 16), channels=8, head_depth=1, groups=2)
 

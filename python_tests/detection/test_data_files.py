@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import multiprocessing.reduction
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,7 +199,9 @@ def test_flip() -> None:
     assert target["boxes"].tolist() == [[4, 2, 12, 8]]
     again, back = RandomHorizontalFlip(p=1.0)(flipped, mirrored)
     assert torch.equal(again, image) and torch.equal(back["boxes"], target["boxes"])
-    assert RandomHorizontalFlip(p=0.0)(image, target) == (image, target)
+    same, kept = RandomHorizontalFlip(p=0.0)(image, target)
+    assert torch.equal(same, image) and torch.equal(kept["boxes"], target["boxes"])
+    assert type(flipped) is type(mirrored["boxes"]) is torch.Tensor
     with pytest.raises(ValueError, match="p: expected a probability"):
         RandomHorizontalFlip(p=1.5)
 
@@ -269,7 +273,8 @@ def test_missing_files(tmp_path: Path) -> None:
     assert str(tmp_path) in message and "COCO's layout" in message
     make_coco(tmp_path)
     message = fault(lambda: open_dataset(tmp_path, "train"))
-    assert "no annotations of split 'train'" in message and "instances_val2017.json" in message
+    assert "no annotations of split 'train'" in message and "there: 'val2017' (" in message
+    assert "data.train_split and data.test_split" in message
     (tmp_path / "val2017" / "a.png").unlink()
     message = fault(lambda: open_dataset(tmp_path, "val"))
     assert message == f"{tmp_path / 'val2017' / 'a.png'}: the image file is missing"
@@ -349,7 +354,7 @@ def test_more_broken_voc(tmp_path: Path) -> None:
     message = fault(lambda: open_dataset(tmp_path, "val", categories=["dog"]))
     assert message == f"{file}: object 2: unknown category 'cat'"
     message = fault(lambda: open_dataset(tmp_path, "train"))
-    assert message.endswith("train.txt: the image list is missing")
+    assert "train.txt: the image list is missing; splits that are there: 'val' (" in message
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("\n")
     assert "got an empty list" in fault(lambda: open_dataset(tmp_path, "train"))
     (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("three\n")
@@ -362,6 +367,79 @@ def test_more_broken_voc(tmp_path: Path) -> None:
     assert "two.jpg: the image file is missing" in fault(lambda: open_dataset(tmp_path, "val"))
     (tmp_path / "JPEGImages" / "two.png").write_text("no image")
     assert "cannot be read as an image" in fault(lambda: open_dataset(tmp_path, "val"))
+
+
+def test_boxes_are_counted_and_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    content = coco_content()
+    content["annotations"] += [
+        {"id": 3, "image_id": 9, "category_id": 7, "bbox": [39.5, 0, 1, 10]},  # out by half a pixel
+        {"id": 4, "image_id": 9, "category_id": 7, "bbox": [-8, -8, 16, 16]},
+        {"id": 5, "image_id": 9, "category_id": 7, "bbox": [50, 50, 5, 5]},
+    ]
+    file = make_coco(tmp_path, content)
+    with caplog.at_level(logging.WARNING):
+        data = open_dataset(tmp_path, "val", size=20)
+        boxes = [data[index][1]["boxes"] for index in (0, 1, 1)]
+    assert isinstance(data, CocoDataset)
+    assert data.box_counts == (6, 3, 2, 2)  # the crowd and one more are clipped
+    assert data.box_counts._fields == ("total", "usable", "clipped", "dropped")
+    assert [len(found) for found in boxes] == [2, 2, 2]
+    assert boxes[1].tolist() == [[19.75, 0, 20, 10], [0, 0, 4, 8]]
+    assert len(data.coco_ground_truth["annotations"]) == 6
+    assert caplog.messages == [
+        f"{file}: of 6 boxes 2 are clipped at the border of their image and 2 dropped, having no "
+        "area inside it"
+    ]
+    data.require_boxes()
+
+
+def test_no_usable_box(tmp_path: Path) -> None:
+    content = coco_content()
+    content["annotations"] = [
+        {"id": i, "image_id": 4, "category_id": 7, "bbox": box}
+        for i, box in enumerate([[5000, 5000, 30, 24], [5, 5, 0, 3]])
+    ]
+    file = make_coco(tmp_path, content)
+    message = fault(lambda: open_dataset(tmp_path, "val"))
+    assert message == f"{file}: none of its 2 boxes has an area inside its image"
+    content["annotations"][0]["bbox"] = [0.2, 0.1, 0.5, 0.4]
+    make_coco(tmp_path, content)
+    message = fault(lambda: open_dataset(tmp_path, "val"))
+    assert f"{file}: expected boxes in pixels" in message and "fractions of the image" in message
+    content["annotations"][0].update(bbox=[2, 1, 5, 4], iscrowd=1)
+    make_coco(tmp_path, content)
+    data = open_dataset(tmp_path, "val")  # what is crowded counts in an evaluation
+    assert data[0][1]["iscrowd"].tolist() == [1]
+    message = fault(data.require_boxes)
+    assert message == f"{file}: no box to learn from among 2 boxes of 2 images"
+
+
+def test_digits_have_boxes() -> None:
+    DigitScenes("val", num_images=1).require_boxes()
+
+
+def test_missing_images_are_counted(tmp_path: Path) -> None:
+    make_coco(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / "val2017" / f"{name}.png").unlink()
+    message = fault(lambda: open_dataset(tmp_path, "val"))
+    assert message == f"{tmp_path / 'val2017' / 'a.png'}: the image file is missing (and 1 more)"
+
+
+def test_spawned_workers_share_the_boxes(tmp_path: Path) -> None:
+    """What is sent to a worker does not grow with the boxes, but for the names of the images."""
+    content = coco_content()
+    content["annotations"] *= 5000
+    make_coco(tmp_path, content)
+    data = open_dataset(tmp_path, "val", size=16)
+    sent = multiprocessing.reduction.ForkingPickler.dumps(data)
+    assert len(sent) < 5000
+    loader = torch.utils.data.DataLoader(
+        data, num_workers=1, collate_fn=collate, multiprocessing_context="spawn"
+    )
+    for (images, targets), (image, target) in zip(loader, (data[0], data[1]), strict=True):
+        assert torch.equal(images[0], image)
+        assert torch.equal(targets[0]["boxes"], target["boxes"])
 
 
 def test_two_voc_folders(tmp_path: Path) -> None:

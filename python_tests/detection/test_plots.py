@@ -91,17 +91,6 @@ def test_detections_none_found(tmp_path: Path) -> None:
         plots.draw_detections(images, [], targets, tmp_path / "none.png")
 
 
-def test_captions_stay_inside_and_apart() -> None:
-    box, size = (90.0, 0.0, 96.0, 8.0), (20.0, 6.0)
-    taken: list[tuple[float, float, float, float]] = []
-    for _ in range(2):
-        x, y = plots._free_place(box, size, (96, 96), taken, [box])
-        area = (x, y, x + 20, y + 6)
-        assert 0 <= x <= 76 and 0 <= y <= 90
-        assert not any(plots._shared(area, other) for other in taken)
-        taken.append(area)
-
-
 @pytest.mark.parametrize("many", [False, True])
 def test_curves(tmp_path: Path, many: bool) -> None:
     run: list[dict[str, float]] = [
@@ -117,11 +106,6 @@ def test_curves_of_nothing(tmp_path: Path) -> None:
         plots.plot_curves([], tmp_path / "curves.png")
 
 
-def test_tcorr(tmp_path: Path) -> None:
-    plots.plot_tcorr(tmp_path / "tcorr.png")
-    look(tmp_path / "tcorr.png")
-
-
 def test_global_style_is_left_alone(tmp_path: Path) -> None:
     import matplotlib
 
@@ -134,7 +118,7 @@ def test_global_style_is_left_alone(tmp_path: Path) -> None:
 
 
 MISSING: dict[str, Callable[[Path], object]] = {
-    "matplotlib": lambda path: plots.plot_tcorr(path / "x.png"),
+    "matplotlib": lambda path: plots.plot_curves([{"epoch": 1, "loss": 2.0}], path / "x.png"),
     "pycocotools": lambda path: evaluation.evaluate_coco({"images": [], "categories": []}, []),
     "scikit-learn": lambda path: digits_module._handwriting.__wrapped__(),
     "Pillow": lambda path: coco.write_coco(DigitScenes("val", num_images=1), path, "val"),

@@ -29,6 +29,7 @@ def modules() -> list[str]:
 
 NEEDS = {
     "hqod_ops.detection": ("torchvision", "pycocotools", "sklearn", "matplotlib"),
+    "hqod_ops.integrations": ("torchvision",),
     "hqod_ops.quant.export": ("onnx", "onnxruntime", "onnxscript", "torchvision"),
 }
 

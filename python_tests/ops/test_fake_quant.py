@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -407,3 +408,48 @@ def test_overlapping_x() -> None:
     want = run(CASE.call, CASE, {"x": window.clone(), "scale": scale}, variant)
     assert_same_bits(got[0][0], want[0][0], "y")
     assert_same_bits(got[1]["x"], want[1]["x"], "dx")
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("bits", [4, 8, 16, 20, 24])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_precision_of_the_scale_gradient(dtype: torch.dtype, bits: int) -> None:
+    """level - x / s of single elements against rational numbers, as good for large codes as small.
+
+    It is at most one half, while x / s is as large as the code: a rounded quotient would leave its
+    own error, 2^-24 of the code, in the difference.
+    """
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    n, step = 300, torch.float32 if dtype in HALF else dtype
+    generator = torch.Generator().manual_seed(bits)
+    # The second of the sizes is one for which x / s is no product with 1 / s.
+    for size, width in ((1e-3, 1), (1e-3, 256), *(((1e-36, 1),) if dtype.itemsize > 2 else ())):
+        scale = ((torch.rand(n, generator=generator, dtype=torch.float64) + 0.1) * size).to(step)
+        codes = torch.rand(n, generator=generator, dtype=torch.float64) * (high - low) + low
+        x = (codes * scale.double()).to(dtype)
+        leaf = scale.clone().requires_grad_()
+        y = fake_quant(x[:, None].repeat(1, width), leaf, quant_min=low, quant_max=high, ch_axis=0)
+        dy = torch.zeros_like(y)
+        dy[:, 0] = 1
+        (ds,) = torch.autograd.grad(y, leaf, dy)
+        levels = torch.round(x.to(step) / scale).clamp(low, high)
+        errors = []
+        for values in zip(*(v.tolist() for v in (x, scale, levels, ds)), strict=True):
+            value, s, level, got = map(Fraction, values)
+            inside = low - Fraction(1, 2) <= value / s <= high + Fraction(1, 2)
+            errors.append(float(abs(got - (level - value / s if inside else level))))
+        # Roundings of the difference, of 1 / s and of their product, at a mean size of one quarter;
+        # an end of the range, beside which few elements lie, is exact.
+        unit = torch.finfo(step).eps / 2
+        assert sum(errors) / n <= 0.25 * 2 * unit, f"mean {sum(errors) / n} of {size} {width}"
+        assert max(errors) <= 0.5 * 3 * unit, f"{max(errors)} of {size} {width}"
+
+
+@pytest.mark.numeric
+def test_scale_gradient_of_one_code() -> None:
+    """What a rounded quotient makes 7.629e-05; and a level whose product with s has no float."""
+    for x, s, high, expected in ((1.0, 0.00392157, 255, 7.564e-05), (3.3e38, 1.9e38, 7, 0.26315)):
+        scale = torch.tensor(s, requires_grad=True)
+        fake_quant(torch.tensor([x]), scale, quant_min=0, quant_max=high).backward(torch.ones(1))
+        assert scale.grad is not None
+        assert scale.grad.item() == pytest.approx(expected, rel=2e-4)

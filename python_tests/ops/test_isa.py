@@ -47,7 +47,8 @@ def test_numbers(isa: str) -> None:
     if isa == hqod_ops.build_info()["cpu isa"]:
         return  # the tests of this very process
     files = [
-        f"python_tests/test_{name}.py" for name in ("contract", "losses", "fake_quant", "foreach")
+        f"python_tests/ops/test_{name}.py"
+        for name in ("contract", "losses", "fake_quant", "foreach")
     ]
     result = python(
         ["-m", "pytest", "-q", "--tb=line", "-m", "numeric", "-p", "no:cacheprovider", *files], isa

@@ -207,6 +207,7 @@ FULL = QATConfig(
     act_options={"grad_scale": "lsq", "scale_mode": "clamp"},
     batch_norm="freeze",
     foreach=True,
+    placement="producers",
 )
 
 
@@ -241,6 +242,17 @@ def test_toml_by_hand() -> None:
     )
 
 
+def test_float_is_a_word_for_32_bits() -> None:
+    config = QATConfig(4, "float", "float", overrides=[Rule("x", weight_bits="float")])  # type: ignore[arg-type]
+    assert config == QATConfig(4, 32, 32, overrides=[Rule("x", weight_bits=32)])
+    assert (config.act_bits, config.overrides[0].weight_bits) == (32, 32)
+    text = 'weight_bits = 4\nact_bits = "float"\nedge_bits = 32\n'
+    text += '[[overrides]]\npattern = "x"\nweight_bits = "float"\n'
+    assert from_toml(text) == config == from_toml(to_toml(config))
+    with pytest.raises(TypeError, match="act_bits: expected an int"):
+        QATConfig(4, "none")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -249,6 +261,7 @@ def test_toml_by_hand() -> None:
         ("weight_bits = true", "weight_bits: expected int, got True"),
         ("weight_bits = 9", "weight_bits: expected a value in"),
         ("first = [1]", "first: expected strings"),
+        ('first = "float"\nplacement = "float"', "placement: expected one of inputs, producers"),
         ("overrides = 3", "overrides: expected tables"),
         ("[[overrides]]\npattern = 'x'\nbits = 4", r"overrides\[0\]\.bits: no such setting"),
         ("[[overrides]]\nact_bits = 4", "Rule: expected a pattern"),
@@ -272,6 +285,6 @@ def test_options_without_a_form_in_toml() -> None:
 def test_configurations_print_as_a_table() -> None:
     lines = str(FULL).splitlines()
     assert lines[2].split("  ")[0] == "all"
-    assert lines[-1] == "batch norm: freeze; weights quantized together"
+    assert lines[-1].startswith("batch norm: freeze; weights quantized together; inputs where they")
     assert "float" in next(line for line in lines if line.startswith("neck.*"))
     assert any("dsq, alpha 1e-05" in line for line in lines if line.startswith("Linear"))

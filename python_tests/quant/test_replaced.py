@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant import export_onnx
+from hqod_ops.quant import (
+    QATConfig,
+    calibrate,
+    export_onnx,
+    place_on_producers,
+    placement,
+    prepare_qat,
+)
 from python_tests.quant.dataflow.test_producers import Block, images, made
 
 
@@ -42,6 +49,41 @@ def test_a_conversion_to_synchronized_norms_is_followed(compiled: str) -> None:
         torch.testing.assert_close(run(images()), expected)
     assert torch.equal(converted(images()), expected)
     assert torch.equal(copy.deepcopy(converted)(images()), expected)
+
+
+@pytest.mark.parametrize("batch_norm", ["train", "freeze"])
+@pytest.mark.parametrize("place", ["by prepare_qat", "by itself", ""])
+@pytest.mark.parametrize("when", ["first", "before placement", "before calibration", "last"])
+def test_a_conversion_to_synchronized_norms_at_any_time(
+    when: str, place: str, batch_norm: str
+) -> None:
+    def run(when: str) -> tuple[torch.Tensor, nn.Module]:
+        def convert(moment: str) -> None:
+            if moment == when:
+                nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+        torch.manual_seed(0)
+        model: nn.Module = Split()
+        convert("first")
+        where = "producers" if place == "by prepare_qat" else "inputs"
+        config = QATConfig(4, 4, first=(), prediction=(), batch_norm=batch_norm, placement=where)
+        prepare_qat(model, config)
+        convert("before placement")
+        if place == "by itself":
+            place_on_producers(model)
+        convert("before calibration")
+        calibrate(model, [images(1)], progress=False)
+        convert("last")
+        return model.eval()(images()), model
+
+    expected, _ = run("never")
+    got, model = run(when)
+    assert isinstance(model.norm, nn.SyncBatchNorm)
+    assert torch.equal(got, expected)
+    assert placement(model).placed or not place
+    before = model.norm.running_mean.clone()  # type: ignore[union-attr]
+    model.train()(images())
+    assert torch.equal(before, model.norm.running_mean) is (batch_norm == "freeze")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,12 @@ pytest.importorskip("pycocotools")
 pytest.importorskip("matplotlib")
 
 from hqod_ops.cli import main
+from hqod_ops.quant.config import FLOAT_BITS, QATConfig, Rule
+from hqod_ops.training import ConfigError
 from hqod_ops.training.demo import LENGTHS, demo_configs
+from hqod_ops.training.reading import to_dict
 from hqod_ops.training.report import COLUMNS, aggregate, find_runs, label, markdown
-from hqod_ops.training.settings import (
-    ConfigError,
-    DataConfig,
-    LossConfig,
-    QuantConfig,
-    RunConfig,
-    to_dict,
-)
+from hqod_ops.training.settings import DataConfig, LossConfig, RunConfig
 from hqod_ops.training.trainer import Trainer
 
 LABELS = ["FP32", "4-bit LSQ", "4-bit LSQ + HQOD", "2-bit LSQ", "2-bit LSQ + HQOD"]
@@ -68,7 +64,7 @@ def _result(ap: float | None, **changes: object) -> dict[str, object]:
 
 
 def test_aggregate_over_seeds() -> None:
-    quant = QuantConfig(bits=2)
+    quant = QATConfig(2, 2)
     results = [
         _result(0.50, seed=0, name="a/w2", init="a"),
         _result(0.30, seed=0, quant=quant),
@@ -103,8 +99,21 @@ def test_rows_of_the_same_label_name_their_runs() -> None:
             RunConfig(name="cats"),
             RunConfig(name="dogs-0", data=DataConfig(source="dogs")),
             RunConfig(name="dogs-1", data=DataConfig(source="dogs"), seed=1),
-            RunConfig(name="w4", quant=QuantConfig(bits=4)),
+            RunConfig(name="w4", quant=QATConfig(4, 4)),
         )
     ]
     labels = [row["label"] for row in aggregate(runs)]
     assert labels == ["FP32 (cats)", "FP32 (dogs-0, dogs-1)", "4-bit LSQ"]
+
+
+@pytest.mark.parametrize(
+    ("quant", "name"),
+    [
+        (QATConfig(4, 4, weight_quantizer="tqt", act_quantizer="tqt"), "4-bit TQT"),
+        (QATConfig(4, 8, act_quantizer="lsq_plus"), "W4A8 LSQ/LSQ+"),
+        (QATConfig(4, FLOAT_BITS), "W4A32 LSQ"),
+        (QATConfig(FLOAT_BITS, FLOAT_BITS, overrides=[Rule("a", act_bits=4)]), "mixed bits"),
+    ],
+)
+def test_labels_name_bits_and_quantizers(quant: QATConfig, name: str) -> None:
+    assert label(to_dict(RunConfig(quant=quant))) == name

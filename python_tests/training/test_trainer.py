@@ -21,30 +21,24 @@ pytest.importorskip("pycocotools")
 from hqod_ops.detection.data import DigitScenes, write_coco
 from hqod_ops.detection.models.atss import ATSS
 from hqod_ops.quant import quantizer_parameters
-from hqod_ops.training.run import HARMONY, RESULT, Run, load_detector, open_data, predict
+from hqod_ops.quant.config import FLOAT_BITS, QATConfig
+from hqod_ops.training import ConfigError
+from hqod_ops.training.batch import batch_images, training_targets
+from hqod_ops.training.build import build_model, load_detector, quantize
+from hqod_ops.training.data import open_data
+from hqod_ops.training.evaluate import predict
+from hqod_ops.training.files import CHECKPOINT, HARMONY, LOG, RESULT, read_checkpoint
+from hqod_ops.training.optim import learning_rate, make_optimizer
+from hqod_ops.training.reading import from_dict
+from hqod_ops.training.run import Run
 from hqod_ops.training.settings import (
-    ConfigError,
     DataConfig,
     LossConfig,
     ModelConfig,
-    QuantConfig,
     RunConfig,
     ScheduleConfig,
-    assignment,
-    from_dict,
-    to_dict,
 )
-from hqod_ops.training.trainer import (
-    CHECKPOINT,
-    LOG,
-    Interrupted,
-    Trainer,
-    batch_images,
-    learning_rate,
-    make_optimizer,
-    read_checkpoint,
-    training_targets,
-)
+from hqod_ops.training.trainer import Interrupted, Trainer
 
 TINY = ModelConfig(stem=8, widths=(8, 8, 16), channels=8, head_depth=1, groups=2)
 
@@ -61,10 +55,9 @@ def tiny_config(name: str, **changes: Any) -> RunConfig:
     base = RunConfig(
         name=name,
         device="cpu",
-        data=DataConfig(size=64, train_images=12, test_images=4),
+        data=DataConfig(size=64, train_images=12, test_images=4, calibration_images=4),
         model=TINY,
         loss=LossConfig(hqod=True),
-        quant=QuantConfig(calibration_images=4),
         schedule=ScheduleConfig(epochs=3, batch_size=4),
     )
     return replace(base, **changes)
@@ -99,13 +92,12 @@ class _StopAt:
         return self.original(trainer, *args)
 
 
-@pytest.mark.parametrize("bits", [0, 4], ids=["float", "w4"])
+@pytest.mark.parametrize("bits", [FLOAT_BITS, 4], ids=["float", "w4"])
 @pytest.mark.parametrize("stop", [1, 5, 9], ids=["first epoch", "second epoch", "last step"])
 def test_resumed_training_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, stop: int
 ) -> None:
-    quant = QuantConfig(bits=bits, calibration_images=4)
-    whole = tiny_config("whole", quant=quant)
+    whole = tiny_config("whole", quant=QATConfig(bits, bits))
     result = Run(whole, tmp_path).train(progress=False)
 
     parts = replace(whole, name="parts")
@@ -143,16 +135,16 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (directory / LOG).read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert all(math.isclose(line["loss"], sum(line["terms"].values())) for line in lines)
-    assert from_dict(RunConfig, json.loads((directory / "config.json").read_text())) == config
+    assert from_dict(json.loads((directory / "config.json").read_text())) == config
     stored = json.loads((directory / RESULT).read_text())
     assert stored["epochs"] == 3 and stored["AP"] == result["AP"]
 
 
 def test_loaded_detector_is_the_trained_one(tmp_path: Path) -> None:
-    quant = QuantConfig(bits=2, weight_init="lsq", calibration_images=4)
+    quant = QATConfig(2, 2, weight_init="lsq")
     Run(tiny_config("w2", quant=quant), tmp_path).train(progress=False)
     model, config, categories = load_detector(tmp_path / "w2")
-    assert config.quant.bits == 2 and categories == [str(i) for i in range(10)]
+    assert config.quant == quant and categories == [str(i) for i in range(10)]
     outputs, targets = predict(model, open_data(config.data), progress=False)
     assert len(outputs) == len(targets) == 4
     assert len(quantizer_parameters(model)) > 0
@@ -162,9 +154,7 @@ def test_quantized_run_starts_from_the_float_one(tmp_path: Path) -> None:
     Run(tiny_config("float"), tmp_path).train(progress=False)
     init = str(tmp_path / "float" / CHECKPOINT)
     still = replace(ScheduleConfig(epochs=1, batch_size=4), lr=0.0)
-    config = tiny_config(
-        "w8", init=init, quant=QuantConfig(8, calibration_images=4), schedule=still
-    )
+    config = tiny_config("w8", init=init, quant=QATConfig(8, 8), schedule=still)
     Run(config, tmp_path).train(progress=False)
     start, end = (read_checkpoint(tmp_path / name)["model"] for name in ("float", "w8"))
     weights = [k for k in start if k.endswith("weight")]
@@ -192,13 +182,14 @@ def test_calibration_sees_a_sample_one_batch_at_a_time(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(DigitScenes, "load", load)
-    monkeypatch.setattr("hqod_ops.training.run.calibrate", look)
+    monkeypatch.setattr("hqod_ops.training.build.calibrate", look)
     seen = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         loaded.clear()
-        quant = QuantConfig(bits=4, calibration_images=8)
+        data = DataConfig(size=64, train_images=12, test_images=4, calibration_images=8)
+        config = tiny_config(name, seed=seed, data=data, quant=QATConfig(4, 4))
         with pytest.raises(KeyboardInterrupt):
-            Run(tiny_config(name, seed=seed, quant=quant), tmp_path).train(progress=False)
+            Run(config, tmp_path).train(progress=False)
         seen.append(list(loaded))
     assert ahead == [0] * 6
     assert all(len(set(order)) == 8 and order != sorted(order) for order in seen)
@@ -263,6 +254,8 @@ def test_existing_runs_are_safe(tmp_path: Path) -> None:
         Run(config, tmp_path)
     with pytest.raises(ConfigError, match=r"cannot resume: seed was 0 and is now 1"):
         Run(replace(config, seed=1), tmp_path, resume=True)
+    with pytest.raises(ConfigError, match=r"^seed: expected int >= 0, got -1"):
+        Run(replace(config, seed=-1), tmp_path)
 
 
 def test_schedules() -> None:
@@ -278,14 +271,11 @@ def test_schedules() -> None:
 
 
 def test_optimizer_groups_hold_every_parameter_once() -> None:
-    from hqod_ops.training.run import quantize
-
-    model = ATSS(TINY, 10)
-    quantize(model, QuantConfig(bits=4))
-    schedule = ScheduleConfig(weight_decay=0.1, lr=1.0)
-    matrices, rest, scales = make_optimizer(
-        model, schedule, QuantConfig(bits=4, scale_lr=0.25, scale_decay=0.01)
-    ).param_groups
+    config = tiny_config("w4", quant=QATConfig(4, 4))
+    model = build_model(config, 10)
+    quantize(model, config)
+    schedule = ScheduleConfig(weight_decay=0.1, lr=1.0, scale_lr=0.25, scale_decay=0.01)
+    matrices, rest, scales = make_optimizer(model, schedule).param_groups
     grouped = [id(p) for group in (matrices, rest, scales) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     assert {id(p) for p in scales["params"]} == {id(p) for p in quantizer_parameters(model)}
@@ -329,44 +319,3 @@ def test_too_few_images(tmp_path: Path) -> None:
     schedule = ScheduleConfig(epochs=1, batch_size=13)
     with pytest.raises(ConfigError, match="schedule.batch_size: expected at most the 12"):
         Run(tiny_config("run", schedule=schedule), tmp_path).train(progress=False)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"schedul": {}}, "schedul: no such setting; expected one of data"),
-        ({"quant": {"bits": "four"}}, "quant.bits: expected int, got 'four'"),
-        ({"quant": {"bits": 1}}, "quant.bits: expected 0 \\(off\\) or 2 to 8, got 1"),
-        ({"quant": 4}, "quant: expected a table, got 4"),
-        ({"loss": {"variant": "x"}}, "loss.variant: expected one of 'official', 'geometric'"),
-        ({"model": {"widths": [8, 0.5]}}, "model.widths: expected a list of integers"),
-        ({"schedule": {"epochs": 0}}, "schedule.epochs: expected at least 1, got 0"),
-    ],
-)
-def test_bad_settings(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        from_dict(RunConfig, values)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("schedule.lr=-1", "schedule.lr=inf", "schedule.weight_decay=-1", "schedule.warmup=-0.1"),
-        *("model.groups=0", "model.stem=0", "model.channels=0", "model.anchor_scale=0"),
-        *("model.widths=[0,1,2]", "loss.topk=0", "test.max_detections=0", "test.nms_iou=-1"),
-        *("quant.edge_bits=1", "quant.edge_bits=99", "quant.calibration_images=0"),
-        *("quant.calibration_images=-1", "data.workers=-1", "data.train_images=0", "seed=-1"),
-    ],
-)
-def test_settings_out_of_range(text: str) -> None:
-    name = text.partition("=")[0]
-    with pytest.raises(ConfigError, match=f"^{name}: expected (at least|a value in) .*, got "):
-        from_dict(RunConfig, assignment(text))
-
-
-def test_settings_survive_json() -> None:
-    config = tiny_config("x")
-    assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
-    assert assignment("model.widths=[8, 16]") == {"model": {"widths": [8, 16]}}
-    with pytest.raises(ConfigError, match="--set: expected table.setting=value"):
-        assignment("lr")

@@ -178,7 +178,7 @@ HQOD_LOOP void backward_row(const T* __restrict x, const T* __restrict dy, T* __
       for (int64_t lane = 0; lane < kSumLanes; ++lane) {
         const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i + lane], s, dy[i + lane]);
         if constexpr (W::dx) dx[i + lane] = g.dx;
-        if constexpr (W::ds) lanes_s[lane] += g.ds;
+        if constexpr (W::ds) lanes_s[lane] = mul_add(dy[i + lane], g.slope, lanes_s[lane]);
         if constexpr (W::dz) lanes_z[lane] += g.dz;
       }
     }
@@ -190,7 +190,8 @@ HQOD_LOOP void backward_row(const T* __restrict x, const T* __restrict dy, T* __
   for (int64_t lane = 0; i < n; ++i, ++lane) {
     const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i], s, dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
-    if constexpr (W::ds) sums_s[lane % kSumLanes] += g.ds;
+    if constexpr (W::ds)
+      sums_s[lane % kSumLanes] = mul_add(dy[i], g.slope, sums_s[lane % kSumLanes]);
     if constexpr (W::dz) sums_z[lane % kSumLanes] += g.dz;
   }
 }
@@ -239,7 +240,7 @@ HQOD_LOOP void backward_tile(const T* __restrict x, const T* __restrict dy, T* _
     const QuantScale<T> scale = s.template at<centred>(first + i);
     const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i], scale, dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
-    if constexpr (W::ds) sums_s[first + i] += g.ds;
+    if constexpr (W::ds) sums_s[first + i] = mul_add(dy[i], g.slope, sums_s[first + i]);
     if constexpr (W::dz) sums_z[first + i] += g.dz;
   }
 }

@@ -77,10 +77,10 @@ struct FakeQuantKernel {
   HQOD_HD static S element(S x, S dy, const QuantScale<T>& s, T& ds, T& dz) {
     S out;
     if constexpr (backward) {
-      const FakeQuantGrad<T> g =
-          fake_quant_grad<ratio, true>(widen(x), s, static_cast<T>(widen(dy)));
+      const T upstream = static_cast<T>(widen(dy));
+      const FakeQuantGrad<T> g = fake_quant_grad<ratio, true>(widen(x), s, upstream);
       narrow(g.dx, out);
-      ds += g.ds;
+      ds = mul_add(upstream, g.slope, ds);
       dz += g.dz;
     } else {
       narrow(fake_quant<ratio, true>(widen(x), s), out);

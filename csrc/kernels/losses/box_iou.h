@@ -1,7 +1,8 @@
 // The IoU of pairs of boxes, as a loss.
 //
 // A formula has the Type it computes in, its Inputs and its stages (inputs.h). with_<loss>(call, f)
-// calls f with a formula that has the call's options as compile-time constants.
+// calls f with the formula of the call's dtype and options. Those are a struct of the loss, for
+// which its op (csrc/ops) and its formula agree; this one has none.
 #pragma once
 
 #include "kernels/loss_call.h"

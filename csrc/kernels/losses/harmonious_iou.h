@@ -5,6 +5,14 @@
 #include "kernels/losses/inputs.h"
 #include "math/harmonious_iou.h"
 
+namespace hqod {
+
+struct HarmoniousIoUOptions {
+  double alpha, gamma;
+};
+
+}  // namespace hqod
+
 HQOD_MATH_BEGIN
 
 template <typename T>
@@ -26,9 +34,10 @@ struct HarmoniousIoULoss {
 
 template <typename F>
 void with_harmonious_iou(const LossCall& call, F&& f) {
+  const auto& options = call.options_as<HarmoniousIoUOptions>();
   with_compute_type(call.dtype, [&](auto tag) {
     using T = decltype(tag);
-    f(HarmoniousIoULoss<T>{static_cast<T>(call.alpha), static_cast<T>(call.gamma)});
+    f(HarmoniousIoULoss<T>{static_cast<T>(options.alpha), static_cast<T>(options.gamma)});
   });
 }
 

@@ -4,6 +4,15 @@
 #include "kernels/losses/tcorr.h"
 #include "math/harmonious_iou.h"
 
+namespace hqod {
+
+struct HqodOptions {
+  TCorrOptions tcorr;
+  double alpha, gamma, hiou_weight, tcorr_weight;
+};
+
+}  // namespace hqod
+
 HQOD_MATH_BEGIN
 
 template <typename T, TCorrVariant variant, bool logits>
@@ -35,12 +44,13 @@ struct HqodLoss {
 
 template <typename F>
 void with_hqod(const LossCall& call, F&& f) {
+  const auto& options = call.options_as<HqodOptions>();
   with_compute_type(call.dtype, [&](auto tag) {
     using T = decltype(tag);
-    with_tcorr_options(call, [&](auto variant, auto logits) {
+    with_tcorr_options(options.tcorr, [&](auto variant, auto logits) {
       f(HqodLoss<T, variant.value, logits.value>{
-          static_cast<T>(call.alpha), static_cast<T>(call.gamma), static_cast<T>(call.hiou_weight),
-          static_cast<T>(call.tcorr_weight)});
+          static_cast<T>(options.alpha), static_cast<T>(options.gamma),
+          static_cast<T>(options.hiou_weight), static_cast<T>(options.tcorr_weight)});
     });
   });
 }

@@ -5,6 +5,15 @@
 #include "kernels/losses/inputs.h"
 #include "math/tcorr.h"
 
+namespace hqod {
+
+struct TCorrOptions {
+  bool logits;  // scores are logits
+  int variant;  // TCorrVariant
+};
+
+}  // namespace hqod
+
 HQOD_MATH_BEGIN
 
 template <typename T, TCorrVariant variant, bool logits>
@@ -31,18 +40,20 @@ struct Constant {
 
 // Calls f(variant, logits) with TCorr's options as constants.
 template <typename F>
-void with_tcorr_options(const LossCall& call, F&& f) {
-  const bool geometric = call.variant == static_cast<int>(TCorrVariant::kGeometric);
-  if (geometric && call.logits) return f(Constant<TCorrVariant::kGeometric>{}, Constant<true>{});
-  if (geometric) return f(Constant<TCorrVariant::kGeometric>{}, Constant<false>{});
-  if (call.logits) return f(Constant<TCorrVariant::kOfficial>{}, Constant<true>{});
-  return f(Constant<TCorrVariant::kOfficial>{}, Constant<false>{});
+void with_tcorr_options(const TCorrOptions& options, F&& f) {
+  const auto with_variant = [&](auto variant) {
+    options.logits ? f(variant, Constant<true>{}) : f(variant, Constant<false>{});
+  };
+  if (options.variant == static_cast<int>(TCorrVariant::kGeometric)) {
+    return with_variant(Constant<TCorrVariant::kGeometric>{});
+  }
+  with_variant(Constant<TCorrVariant::kOfficial>{});
 }
 
 template <typename F>
 void with_tcorr(const LossCall& call, F&& f) {
   with_compute_type(call.dtype, [&](auto tag) {
-    with_tcorr_options(call, [&](auto variant, auto logits) {
+    with_tcorr_options(call.options_as<TCorrOptions>(), [&](auto variant, auto logits) {
       f(TCorrLoss<decltype(tag), variant.value, logits.value>{});
     });
   });

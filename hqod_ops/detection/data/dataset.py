@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from hqod_ops.detection._extras import require
+
+logger = logging.getLogger(__package__)
+"""What a data set has to say once, as it is opened."""
 
 Target: TypeAlias = dict[str, Any]
 Transform: TypeAlias = Callable[[Tensor, Target], tuple[Tensor, Target]]
@@ -20,7 +25,9 @@ class DataError(ValueError):
         # A DataLoader raises what its worker met again, with the worker's stack before the message.
         if message.startswith("Caught DataError in DataLoader worker"):
             message = message.rstrip().rpartition(f"{__name__}.DataError: ")[2]
-        super().__init__(message)
+        # Names in files may hold half characters, which no terminal takes.
+        message = message.encode("utf-8", "backslashreplace").decode("utf-8")
+        super().__init__(" ".join(message.splitlines()))
 
 
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
@@ -71,6 +78,13 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
         """One image with its target, before :attr:`transform`."""
         raise NotImplementedError
 
+    def require_boxes(self) -> None:
+        """Refuse images without a box that a detector can learn from.
+
+        Raises:
+            DataError: there is none.
+        """
+
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index: expected one of {len(self)} images, got {index}")
@@ -79,7 +93,7 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
 
 class RandomHorizontalFlip:
-    """Mirror an image and its boxes with a probability, with torch's global random numbers.
+    """Mirror an image and its boxes with a probability: torchvision's transform of this name.
 
     Args:
         p (float): the probability. Default: 0.5
@@ -99,16 +113,15 @@ class RandomHorizontalFlip:
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"p: expected a probability in [0, 1], got {p}")
         self.p = p
+        self._flip = require("torchvision.transforms.v2", "torchvision").RandomHorizontalFlip(p)
 
     def __call__(self, image: Tensor, target: Target) -> tuple[Tensor, Target]:
-        if self.p < 1.0 and torch.rand(()).item() >= self.p:
-            return image, target
-        width = image.shape[-1]
-        x1, y1, x2, y2 = target["boxes"].unbind(-1)
-        return image.flip(-1), {
-            **target,
-            "boxes": torch.stack([width - x2, y1, width - x1, y2], -1),
-        }
+        tv_tensors = require("torchvision.tv_tensors", "torchvision")
+        boxes = tv_tensors.BoundingBoxes(
+            target["boxes"], format="XYXY", canvas_size=image.shape[-2:]
+        )
+        image, boxes = self._flip(tv_tensors.Image(image), boxes)
+        return image.as_subclass(Tensor), {**target, "boxes": boxes.as_subclass(Tensor)}
 
 
 def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:

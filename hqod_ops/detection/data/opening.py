@@ -28,15 +28,17 @@ def open_dataset(
         source (str or Path): ``"digits"`` for :class:`DigitScenes`, else a folder in the layout of
             COCO (``annotations/instances_<split>.json`` and its kin) or Pascal VOC
             (``ImageSets/Main/<split>.txt``).
-        split (str): such as ``"train"`` or ``"val"``. Default: ``"train"``
+        split (str): such as ``"train"`` or ``"val"``, which files may call "valid" or "val2017".
+            Default: ``"train"``
         size (int, optional): width and height of all images; files are stretched to it. Default:
             None, 96 for digits, the files' own
         short_side (int, optional): length of the shorter side of images from files, keeping their
             shape. Default: None
         max_side (int, optional): with short_side, limit of the longer side. Default: None
         transform (callable, optional): see :class:`DetectionDataset`.
-        **options: further options of :class:`DigitScenes`, such as ``num_images``; ``categories``
-            for VOC.
+        **options: further options of :class:`DigitScenes`, such as ``num_images``; for files
+            ``categories``, the names of the classes by label, and ``orientation``, see
+            :class:`FileDataset`.
 
     Returns:
         DetectionDataset: the data set.

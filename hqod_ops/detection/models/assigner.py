@@ -8,19 +8,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_area
 
+from hqod_ops.detection.boxes import broadcast_iou
+
 CENTRE_MARGIN = 0.01
 """How far inside its object an anchor's centre must lie, in pixels."""
-
-
-def _iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """IoU of boxes that broadcast against each other; no gradient is needed, so no op of ours."""
-    sides = torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(
-        boxes1[..., :2], boxes2[..., :2]
-    )
-    inter = sides.clamp_(min=0).prod(dim=-1)
-    area1 = (boxes1[..., 2:] - boxes1[..., :2]).prod(dim=-1)
-    area2 = (boxes2[..., 2:] - boxes2[..., :2]).prod(dim=-1)
-    return inter / (area1 + area2 - inter).clamp_(min=1e-6)
 
 
 def _centres(boxes: Tensor) -> Tensor:
@@ -82,7 +73,7 @@ def atss_assign(anchors: Sequence[Tensor], boxes: Sequence[Tensor], topk: int = 
         start += len(level)
     index = torch.cat(candidates, dim=-1)  # [B, G, K]
     chosen = every[index]
-    iou = _iou(chosen, padded[:, :, None])
+    iou = broadcast_iou(chosen, padded[:, :, None])
     spread = iou.std(dim=-1, keepdim=True) if iou.shape[-1] > 1 else 0.0
     threshold = iou.mean(dim=-1, keepdim=True) + spread
     centre = _centres(chosen)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +13,23 @@ from torchvision.ops import batched_nms, clip_boxes_to_image
 
 from hqod_ops.detection.models import ATSSNetwork, RawOutputs
 from hqod_ops.detection.models.assigner import atss_assign
+from hqod_ops.detection.models.detector import Detections, Detector, Objects
 from hqod_ops.detection.models.losses import atss_losses, gather_targets
-from hqod_ops.training.settings import LossConfig, ModelConfig, TestConfig
+from hqod_ops.detection.models.options import LossConfig, ModelConfig, TestConfig
 
 DELTA_WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 LOG_SIZE_LIMIT = math.log(1000 / 16)
 """Bound of the decoded log-sizes, both ways."""
 
 
-Target: TypeAlias = Mapping[str, Tensor]
-"""The objects of an image: ``boxes`` Tensor[G, 4] in pixels, ``labels`` Tensor[G] int64."""
-
-Detections: TypeAlias = dict[str, Tensor]
-"""Detections of an image, best first: ``boxes`` Tensor[N, 4] in pixels, ``scores``, ``labels``."""
-
-
-class ATSS(nn.Module):
+class ATSS(Detector):
     """ATSS: one square anchor a place, positives chosen by the statistics of their IoU.
 
     Args:
         config (ModelConfig): the network and the anchors.
         num_classes (int): number of classes, background not counted.
+        loss (LossConfig, optional): weights and HQOD options. Default: None, LossConfig()
+        test (TestConfig, optional): thresholds and limits. Default: None, TestConfig()
 
     Attributes:
         network (nn.Module): images to :class:`RawOutputs`; may be replaced by its quantized form.
@@ -44,20 +39,28 @@ class ATSS(nn.Module):
     Example:
         >>> import torch
         >>> from hqod_ops.detection.models.atss import ATSS
-        >>> from hqod_ops.training.settings import LossConfig, ModelConfig
-        >>> model = ATSS(ModelConfig(), num_classes=10)
+        >>> from hqod_ops.detection.models.options import LossConfig, ModelConfig
+        >>> model = ATSS(ModelConfig(), num_classes=10, loss=LossConfig(hqod=True))
         >>> target = {"boxes": torch.tensor([[4., 4., 24., 24.]]), "labels": torch.tensor([3])}
-        >>> sorted(model.losses(torch.rand(1, 3, 32, 32), [target], LossConfig(hqod=True)))
+        >>> sorted(model.losses(torch.rand(1, 3, 32, 32), [target]))
         ['box', 'centerness', 'cls', 'hqod']
         >>> len(model.eval().detect(torch.rand(2, 3, 32, 32)))
         2
     """
 
-    def __init__(self, config: ModelConfig, num_classes: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_classes: int,
+        loss: LossConfig | None = None,
+        test: TestConfig | None = None,
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.loss_config, self.test_config = loss or LossConfig(), test or TestConfig()
         network = ATSSNetwork(config, num_classes)
         self.strides = network.backbone.strides
+        self.stride = self.strides[-1]
         self.network: nn.Module = network
         sizes = tuple((round(config.anchor_scale * stride),) for stride in self.strides)
         self._generator = AnchorGenerator(sizes, ((1.0,),) * len(sizes))
@@ -103,19 +106,16 @@ class ATSS(nn.Module):
         return boxes
 
     def losses(
-        self, images: Tensor, targets: Sequence[Target], config: LossConfig
+        self, images: Tensor, targets: Sequence[Objects], config: LossConfig | None = None
     ) -> dict[str, Tensor]:
-        """The training loss, term by term.
+        """See :meth:`Detector.losses`; the terms are those of
+        :func:`hqod_ops.detection.models.losses.atss_losses`.
 
         Args:
-            images (Tensor[B, 3, H, W]): normalised images.
-            targets (sequence of mapping): ``boxes`` Tensor[G, 4] in pixels and ``labels`` Tensor[G]
-                int64 of each image.
-            config (LossConfig): weights and HQOD options.
-
-        Returns:
-            dict of Tensor[]: see :func:`hqod_ops.detection.models.losses.atss_losses`.
+            images (Tensor[B, 3, H, W]), targets (sequence of mapping): as there.
+            config (LossConfig, optional): weights and HQOD options. Default: None, the model's own
         """
+        config = config or self.loss_config
         outputs = self(images)
         levels = self.anchors(images)
         boxes = [t["boxes"].float() for t in targets]
@@ -127,20 +127,16 @@ class ATSS(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: Tensor, config: TestConfig | None = None) -> list[Detections]:
-        """Detections of a batch of images.
+        """See :meth:`Detector.detect`.
 
         A detection's score is the class score times the centerness; the threshold is on the class
         score alone, as in ATSS.
 
         Args:
-            images (Tensor[B, 3, H, W]): normalised images.
-            config (TestConfig, optional): thresholds and limits. Default: None, TestConfig()
-
-        Returns:
-            list of dict: ``boxes`` Tensor[N, 4] in pixels, ``scores``, ``labels`` Tensor[N], best
-            first.
+            images (Tensor[B, 3, H, W]): as there.
+            config (TestConfig, optional): thresholds and limits. Default: None, the model's own
         """
-        config = TestConfig() if config is None else config
+        config = config or self.test_config
         outputs = self(images)
         anchors = torch.cat(self.anchors(images))
         scores, centre = outputs.logits.float().sigmoid(), outputs.centerness.float().sigmoid()

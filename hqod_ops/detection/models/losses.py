@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 
 import hqod_ops
-from hqod_ops.detection.models import RawOutputs
-from hqod_ops.training.settings import LossConfig
+from hqod_ops.detection.models.network import RawOutputs
+from hqod_ops.detection.models.options import LossConfig
 
 
 def rank_mean(total: Tensor) -> Tensor:

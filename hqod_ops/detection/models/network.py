@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hqod_ops.detection.models.backbone import ResNetFPN
 from hqod_ops.detection.models.head import ATSSHead
-from hqod_ops.training.settings import ModelConfig
+from hqod_ops.detection.models.options import ModelConfig
 
 
 class RawOutputs(NamedTuple):
@@ -33,7 +33,7 @@ class ATSSNetwork(nn.Module):
 
     Example:
         >>> import torch
-        >>> from hqod_ops.training.settings import ModelConfig
+        >>> from hqod_ops.detection.models.options import ModelConfig
         >>> from hqod_ops.detection.models import ATSSNetwork
         >>> net = ATSSNetwork(ModelConfig(), num_classes=10)
         >>> net(torch.zeros(1, 3, 32, 32))[0].shape[-1]

@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 
 from torch import nn
 
+from hqod_ops.quant.adapters import find_adapter
 from hqod_ops.quant.config.qat_config import QATConfig
 from hqod_ops.quant.patterns import as_tuple
 
 EDGES = ("first", "prediction")
-
-_RPN = ("rpn.head.cls_logits", "rpn.head.bbox_pred")
-_BOXES = ("roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred")
-# Prediction layers of torchvision's detectors, by class name. Of alternatives (after "|"), the
-# first that fits: SSD predicts with one convolution a feature map, SSDLite with the second of two.
-_TORCHVISION_PREDICTION = {
-    "RetinaNet": ("head.classification_head.cls_logits", "head.regression_head.bbox_reg"),
-    "FCOS": (
-        "head.classification_head.cls_logits",
-        "head.regression_head.bbox_reg",
-        "head.regression_head.bbox_ctrness",
-    ),
-    "SSD": tuple(
-        f"head.{head}_head.module_list.[0-9]|head.{head}_head.module_list.[0-9].1"
-        for head in ("classification", "regression")
-    ),
-    "FasterRCNN": (*_RPN, *_BOXES),
-    "MaskRCNN": (*_RPN, *_BOXES, "roi_heads.mask_predictor.mask_fcn_logits"),
-    "KeypointRCNN": (*_RPN, *_BOXES, "roi_heads.keypoint_predictor.kps_score_lowres"),
-}
 
 
 def edge_patterns(
@@ -69,7 +49,7 @@ def edge_patterns(
 
 
 def known_edges(model: nn.Module, layers: list[str]) -> dict[str, tuple[str, ...]]:
-    """The edge layers that a model or a part of it declares, or those of torchvision's detectors.
+    """The edge layers that a model or a part of it declares, or that its adapter knows.
 
     A part is asked only where no module around it has answered.
 
@@ -87,39 +67,15 @@ def known_edges(model: nn.Module, layers: list[str]) -> dict[str, tuple[str, ...
             prefix = f"{name}." if name else ""
             if any(prefix.startswith(outer) for outer in answered):
                 continue
-            patterns = _declared(module, edge)
-            if patterns is None:
-                patterns = _torchvision(module, edge, prefix, layers)
+            patterns = getattr(module, f"qat_{edge}", None)
+            if patterns is None and (adapter := find_adapter(module)) is not None:
+                inside = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
+                patterns = getattr(adapter, edge)(module, inside)
             if patterns is not None:
                 answered.append(prefix)
-                known[edge] = (*known.get(edge, ()), *(prefix + pattern for pattern in patterns))
+                found = (prefix + pattern for pattern in as_tuple(patterns))
+                known[edge] = (*known.get(edge, ()), *found)
     return known
-
-
-def _declared(module: nn.Module, edge: str) -> tuple[str, ...] | None:
-    patterns = getattr(module, f"qat_{edge}", None)
-    return None if patterns is None else as_tuple(patterns)
-
-
-def _torchvision(
-    module: nn.Module, edge: str, prefix: str, layers: list[str]
-) -> tuple[str, ...] | None:
-    """What is known of torchvision's detectors; their first layer is the first one registered."""
-    for kind in type(module).__mro__:
-        if kind.__module__.startswith("torchvision.") and kind.__name__ in _TORCHVISION_PREDICTION:
-            inside = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
-            if edge == "first":
-                return tuple(inside[:1])
-            return tuple(
-                _first_that_fits(patterns.split("|"), inside)
-                for patterns in _TORCHVISION_PREDICTION[kind.__name__]
-            )
-    return None
-
-
-def _first_that_fits(patterns: list[str], layers: list[str]) -> str:
-    fitting = [p for p in patterns if any(fnmatchcase(name, p) for name in layers)]
-    return (fitting or patterns)[0]
 
 
 def no_such_layer(argument: str, pattern: str, layers: Iterable[str]) -> str:

@@ -23,7 +23,7 @@ from hqod_ops.quant.config.qat_config import (
 from hqod_ops.quant.nn.layers import TWINS, QATLayer
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.base import Quantizer
-from hqod_ops.quant.quantizers.choice import check_quantizer, default_init
+from hqod_ops.quant.quantizers.registry import check_quantizer, default_observer
 from hqod_ops.tables import bits_text, text_table
 
 
@@ -142,9 +142,9 @@ def plan_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: QATCo
         ValueError: a pattern fits no layer, the edge layers are not known, there is nothing to
             quantize, or a quantizer does not fit what it is to do in a layer.
     """
-    edges = edge_patterns(model, layers, config)
+    edge_layers = edge_patterns(model, layers, config)
     for argument, pattern in [
-        *edges,
+        *edge_layers,
         *(("overrides", rule.pattern) for rule in config.overrides if rule.pattern is not None),
     ]:
         if not any(fnmatchcase(name, pattern) for name in layers):
@@ -152,11 +152,11 @@ def plan_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: QATCo
     rules = [
         *(
             Rule(pattern, weight_bits=config.edge("weight"), act_bits=config.edge("act"))
-            for _, pattern in edges
+            for _, pattern in edge_layers
         ),
         *config.overrides,
     ]
-    first = [pattern for argument, pattern in edges if argument == "first"]
+    first = [pattern for argument, pattern in edge_layers if argument == "first"]
     plan = Plan(
         {
             name: _plan_layer(
@@ -184,7 +184,7 @@ def _plan_layer(
     for part in ("weight", "act"):
         if settings[f"{part}_init"] is None:
             quantizer = settings[f"{part}_quantizer"]
-            settings[f"{part}_init"] = default_init(part, quantizer, image)
+            settings[f"{part}_init"] = default_observer(part, quantizer, image)
     plan = LayerPlan(type=kind.__name__, **settings)
     try:
         if plan.weight_bits != FLOAT_BITS:

@@ -13,25 +13,30 @@ from torch import nn
 from hqod_ops.quant.nn.layers import TWINS
 from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS, as_int
 from hqod_ops.quant.patterns import Patterns, as_tuple
-from hqod_ops.quant.quantizers.choice import check_quantizer, default_init
 from hqod_ops.quant.quantizers.lsq import SCALE_MODES
-from hqod_ops.quant.quantizers.registry import QUANTIZERS
+from hqod_ops.quant.quantizers.registry import QUANTIZERS, check_quantizer, default_observer
 from hqod_ops.tables import text_table
 
 FLOAT_BITS = 32
 """This number of bits means: not quantized."""
 
 BATCH_NORM_MODES = ("train", "freeze", "fold")
+PLACEMENTS = ("inputs", "producers")
 
 Options = Mapping[str, Any]
 _LayerType = type[nn.Module]
 TYPE_NAMES = {kind.__name__: kind for kind in TWINS}
 
 
-def _check_bits(name: str, bits: int | None) -> None:
-    if bits is None:
+def _set_bits(settings: Rule | QATConfig, name: str) -> None:
+    """Check a number of bits, and write ``"float"`` as :data:`FLOAT_BITS`."""
+    bits = getattr(settings, name)
+    if bits == "float":
+        bits = FLOAT_BITS
+        object.__setattr__(settings, name, bits)
+    if bits is None or as_int(name, bits) == FLOAT_BITS:
         return
-    if as_int(name, bits) != FLOAT_BITS and not MIN_BITS <= bits <= MAX_BITS:
+    if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(
             f"{name}: expected a value in [{MIN_BITS}, {MAX_BITS}], or {FLOAT_BITS} for not "
             f"quantized, got {bits}"
@@ -46,7 +51,7 @@ def _check_choice(name: str, value: str | None, allowed: Iterable[str]) -> None:
 def _check_settings(settings: Rule | QATConfig) -> None:
     """What rules and configurations have in common, each setting by itself."""
     for name in ("weight_bits", "act_bits"):
-        _check_bits(name, getattr(settings, name))
+        _set_bits(settings, name)
     for name in ("weight_init", "act_init"):
         _check_choice(name, getattr(settings, name), OBSERVERS)
     _check_choice("scale_mode", settings.scale_mode, SCALE_MODES)
@@ -66,7 +71,8 @@ class Rule:
         pattern (str, optional): full name of a layer, or a glob such as ``"head.*.conv?"`` where
             ``*`` also crosses dots.
         type (str, optional): ``"Conv2d"``, ``"ConvTranspose2d"`` or ``"Linear"``.
-        weight_bits (int, optional), act_bits (int, optional): 2 to 8, or 32 for not quantized.
+        weight_bits (int, optional), act_bits (int, optional): 2 to 8, or 32 or ``"float"`` for not
+            quantized.
         per_channel (bool, optional), weight_init (str, optional), act_init (str, optional): see
             :class:`QATConfig`.
         skip (bool, optional): leave the layer as it is, in float.
@@ -127,7 +133,7 @@ class QATConfig:
 
     Args:
         weight_bits (int), act_bits (int): bits of weights and of layer inputs, 2 to 8, or 32 for
-            not quantized. Default: 4, 4
+            not quantized, which may be written ``"float"``. Default: 4, 4
         edge_bits (int): bits of the first convolution (and so of the image) and of the prediction
             layers; where weights or inputs are not quantized elsewhere, theirs are not either.
             Default: 8
@@ -153,6 +159,9 @@ class QATConfig:
             convolutions (:func:`hqod_ops.quant.fold_batch_norm`). Default: ``"train"``
         foreach (bool): quantize all weights of the model in one call at the start of its forward
             pass, with identical results. Default: False
+        placement (str): where activations are quantized: ``"inputs"``, at the input of every layer,
+            or ``"producers"``, where they are made, once for all readers
+            (:func:`hqod_ops.quant.place_on_producers`). Default: ``"inputs"``
 
     Raises:
         ValueError: bits outside 2..8, an unknown choice, a quantizer that does not fit its role,
@@ -192,11 +201,13 @@ class QATConfig:
     act_options: Options = field(default_factory=dict, hash=False)
     batch_norm: str = "train"
     foreach: bool = False
+    placement: str = "inputs"
 
     def __post_init__(self) -> None:
         _check_settings(self)
-        _check_bits("edge_bits", self.edge_bits)
+        _set_bits(self, "edge_bits")
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_MODES)
+        _check_choice("placement", self.placement, PLACEMENTS)
         if self.weight_bits != FLOAT_BITS:
             check_quantizer("weight", self.weight_quantizer, self.weight_options, self.per_channel)
         if self.act_bits != FLOAT_BITS:
@@ -226,9 +237,10 @@ class QATConfig:
             cells = [_describe(rule, kind) for kind in ("weight", "act")]
             rows.append([where, *(["float", "float"] if rule.skip else cells)])
         together = "together" if self.foreach else "one by one"
+        place = "; inputs where they are made" if self.placement == "producers" else ""
         return (
             text_table(["layers", "weight", "input"], rows)
-            + f"\nbatch norm: {self.batch_norm}; weights quantized {together}"
+            + f"\nbatch norm: {self.batch_norm}; weights quantized {together}{place}"
         )
 
 
@@ -243,7 +255,7 @@ def _describe(settings: Rule | QATConfig, kind: str) -> str:
         return _bits(bits)
     init = getattr(settings, f"{kind}_init")
     if init is None and isinstance(settings, QATConfig):
-        init = default_init(kind, getattr(settings, f"{kind}_quantizer"))
+        init = default_observer(kind, getattr(settings, f"{kind}_quantizer"))
     options = getattr(settings, f"{kind}_options") or {}
     words = [
         None if bits is None else _bits(bits),

@@ -161,6 +161,8 @@ def _checked(kind: type[_Settings], values: Mapping[str, Any], prefix: str) -> d
                 f"{prefix}{name}: no such setting; expected one of {', '.join(sorted(hints))}"
             )
         allowed = _plain_types(hints[name])
+        if name.endswith("_bits") and value == "float":
+            continue
         if type(value) not in allowed:
             wanted = " or ".join(kind.__name__ for kind in allowed)
             raise ValueError(f"{prefix}{name}: expected {wanted}, got {value!r}")

@@ -1,5 +1,6 @@
-"""Which tensor of a network is read where, and quantizers on what produces it."""
+"""Who makes and who reads a tensor; quantizers on the producers, batch norms folded."""
 
+from hqod_ops.quant.dataflow.fold import fold_batch_norm
 from hqod_ops.quant.dataflow.producers import (
     PlacedQuantizer,
     Placement,
@@ -10,6 +11,7 @@ from hqod_ops.quant.dataflow.producers import (
 __all__ = [
     "PlacedQuantizer",
     "Placement",
+    "fold_batch_norm",
     "place_on_producers",
     "placement",
 ]

@@ -11,19 +11,17 @@ from typing import Any
 from torch import nn
 
 from hqod_ops.quant.dataflow.attach import (
-    Arrived,
-    Attached,
-    Slots,
-    can_absorb,
-    quantize_functions,
-    quantize_module,
-    restart,
-    verify_attached,
+    CallQuantizers,
+    ExpectedModules,
+    pause_within,
+    placed_forward,
 )
-from hqod_ops.quant.dataflow.trace import Dataflow, Site, trace_dataflow
+from hqod_ops.quant.dataflow.graph import Dataflow, Site, activation
+from hqod_ops.quant.dataflow.trace import trace_dataflow
 from hqod_ops.quant.nn.layers import QATLayer
-from hqod_ops.quant.prepare import track_calls
-from hqod_ops.quant.quantizers.base import ACTIVATIONS, Quantizer
+from hqod_ops.quant.nn.upstream import UpstreamQuantizer
+from hqod_ops.quant.quantizers.base import Quantizer
+from hqod_ops.quant.runtime import find_runtime, runtime, track_calls
 from hqod_ops.tables import text_table
 
 
@@ -52,17 +50,28 @@ class Placement:
 
     Attributes:
         placed (tuple of PlacedQuantizer): the quantizers that were moved to the producers.
-        own (tuple of str): layers that are the only readers of their inputs, and there is no ReLU
-            to take in: a quantizer at the input is the same.
-        left (mapping of str to str): layers that keep a quantizer of their own for another reason.
+        sole_readers (tuple of str): layers that are the only readers of their inputs, and there is
+            no ReLU to take in: a quantizer at the input is the same. Also as ``own``.
+        not_placed (mapping of str to str): layers that keep the quantizer at their input, and why.
+            Also as ``left``.
         untraced (mapping of str to str): modules whose ``forward`` cannot be traced to its end, and
             why. What they called before, and the pieces in them, were looked at nevertheless.
     """
 
     placed: tuple[PlacedQuantizer, ...] = ()
-    own: tuple[str, ...] = ()
-    left: Mapping[str, str] = field(default_factory=dict)
+    sole_readers: tuple[str, ...] = ()
+    not_placed: Mapping[str, str] = field(default_factory=dict)
     untraced: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """``sole_readers``."""
+        return self.sole_readers
+
+    @property
+    def left(self) -> Mapping[str, str]:
+        """``not_placed``."""
+        return self.not_placed
 
     def __str__(self) -> str:
         rows = []
@@ -71,9 +80,9 @@ class Placement:
             rows += [[cell or "" for cell in cells] for cells in columns]
         parts = [text_table(["quantized behind", "takes in", "read by"], rows)] if rows else []
         reasons: dict[str, list[str]] = {}
-        if self.own:
-            reasons["they alone read it"] = list(self.own)
-        for name, reason in self.left.items():
+        if self.sole_readers:
+            reasons["they alone read it"] = list(self.sole_readers)
+        for name, reason in self.not_placed.items():
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             parts.append("\n  ".join([f"quantized at the input, as {reason}:", *names]))
@@ -86,8 +95,9 @@ def placement(model: nn.Module) -> Placement:
     Args:
         model (nn.Module): the model that it was given.
     """
-    found: Placement = model.__dict__.get("_hqod_placement", Placement())
-    return found
+    state = find_runtime(model)
+    found = None if state is None else state.placement
+    return found if isinstance(found, Placement) else Placement()
 
 
 def place_on_producers(
@@ -102,10 +112,10 @@ def place_on_producers(
     in value and gradient to the two, with no tensor between them.
 
     Who reads what is found with ``torch.fx``, but nothing is replaced by a trace: modules keep
-    their names, parameters, classes (``ReLU`` and ``ReLU6`` become subclasses) and their own
-    ``forward``. Where a trace ends, in the parts of a detector that depend on data, layers keep the
-    quantizers at their inputs, and the report says so. That the inputs come from where a trace has
-    seen them is verified by :func:`calibrate`.
+    their names, parameters and classes, and run their own ``forward``. Where a trace ends, in the
+    parts of a detector that depend on data, layers keep the quantizers at their inputs, and the
+    report says so. That the inputs come from where a trace has seen them is verified by
+    :func:`calibrate`.
 
     Replace modules before, not after: the next forward pass of the model would raise an error. Only
     a conversion to ``nn.SyncBatchNorm`` is followed.
@@ -139,12 +149,15 @@ def place_on_producers(
         ('relu', ('1',), ('2',))
     """
     layers = _layers(model, skip)
+    state = runtime(model)
+    if state.expected is not None:
+        state.expected.verify(model)
     flow = trace_dataflow(model)
     names = {module: name for name, module in model.named_modules()}
     order = {site: index for index, site in reversed(list(enumerate(flow.order)))}
     groups = _groups(flow, layers)
     unreached = {layer: _barrier(names[layer], flow, names) for layer in layers}
-    placed, own, left = [], [], {}
+    placed, sole_readers, not_placed = [], [], {}
     for group in groups:
         group.sites.sort(key=order.__getitem__)
         readers = [layer for layer in group.layers if layer in layers]
@@ -156,30 +169,29 @@ def place_on_producers(
         if absorb_relu and group.problem is None:
             group.activation = _activation(group, flow)
         if group.problem is not None:
-            left.update({names[layer]: group.problem for layer in readers})
+            not_placed.update({names[layer]: group.problem for layer in readers})
         elif group.activation is None and not flow.shared.intersection(group.sites):
-            own += [names[layer] for layer in readers]
+            sole_readers += [names[layer] for layer in readers]
         else:
             placed.append(group)
     placed.sort(key=lambda group: order[group.sites[0]])
-    left.update({names[layer]: reason for layer, reason in unreached.items()})
+    not_placed.update({names[layer]: reason for layer, reason in unreached.items()})
     report = Placement(
         tuple(_move(group, flow, names) for group in placed),
-        tuple(own),
-        left,
+        tuple(sole_readers),
+        not_placed,
         {names[module] or type(module).__name__: why for module, why in flow.failures.items()},
     )
     _attach(placed, flow)
     track_calls(model)
-    model.__dict__["_hqod_attached"] = Attached(model)
-    model.register_forward_pre_hook(verify_attached)
-    model.__dict__["_hqod_placement"] = report
+    state.expected, state.placement = ExpectedModules(model), report
     return report
 
 
 def _layers(model: nn.Module, skip: str | Sequence[str]) -> dict[nn.Module, str | None]:
     """The layers with a quantizer of the input, and why one is left as it is."""
-    if "_hqod_placement" in model.__dict__:
+    state = find_runtime(model)
+    if state is not None and state.placement is not None:
         raise ValueError("model: expected one whose quantizers were not placed on producers yet")
     patterns = [skip] if isinstance(skip, str) else list(skip)
     layers: dict[nn.Module, str | None] = {}
@@ -274,16 +286,10 @@ def _barrier(name: str, flow: Dataflow, names: Mapping[nn.Module, str]) -> str:
 
 def _activation(group: _Group, flow: Dataflow) -> str | None:
     """The activation that the quantizer of a group can take in: the producer of all its tensors."""
-    kinds = {_activation_name(site.what) for site in group.sites}
-    if len(kinds) != 1 or flow.kept.intersection(group.sites):
+    kinds = {activation(site.what) for site in group.sites}
+    if len(kinds) != 1 or flow.reread.intersection(group.sites):
         return None
-    return kinds.pop() if can_absorb(group.quantizer) else None
-
-
-def _activation_name(what: nn.Module | str) -> str | None:
-    if isinstance(what, str):
-        return what if what in ACTIVATIONS else None
-    return {nn.ReLU: "relu", nn.ReLU6: "relu6"}.get(type(what))
+    return kinds.pop() if group.quantizer.absorbs else None
 
 
 def _move(group: _Group, flow: Dataflow, names: Mapping[nn.Module, str]) -> PlacedQuantizer:
@@ -296,7 +302,8 @@ def _move(group: _Group, flow: Dataflow, names: Mapping[nn.Module, str]) -> Plac
             # A plain attribute: the state_dict has the quantizer once, with the first reader.
             del layer._modules["input_quantizer"]
             layer.__dict__["input_quantizer"] = quantizer
-        layer.__dict__["quantized_input"] = Arrived(names[layer], quantizer, places)
+        assert isinstance(layer, QATLayer)
+        layer.upstream = UpstreamQuantizer(names[layer], quantizer, places)
     readers = tuple(names[layer] for layer in group.layers)
     return PlacedQuantizer(quantizer.label, places, readers, group.activation)
 
@@ -313,19 +320,19 @@ def _attach(groups: Sequence[_Group], flow: Dataflow) -> None:
     """Put the quantizers behind their sites."""
     quantizers = {site: group.quantizer for group in groups for site in group.sites}
     keys = dict.fromkeys((site.owner, site.what) for site in quantizers)
-    functions: dict[nn.Module, dict[str, Slots]] = {}
-    counted: dict[nn.Module, list[Slots]] = {}
+    functions: dict[nn.Module, dict[str, CallQuantizers]] = {}
     for owner, what in keys:
         calls = range(flow.calls[owner, what])
-        slots = Slots([quantizers.get(Site(owner, what, index)) for index in calls])
+        behind = CallQuantizers([quantizers.get(Site(owner, what, index)) for index in calls])
+        if behind.differ:
+            placed_forward(owner).inner.append(behind)
         if isinstance(what, str):
-            functions.setdefault(owner, {})[what] = slots
-            continue
-        quantize_module(what, slots)
-        if slots.counts:
-            counted.setdefault(owner, []).append(slots)
-    for owner, all_slots in counted.items():
-        restart(owner, all_slots)
+            functions.setdefault(owner, {})[what] = behind
+        else:
+            placed_forward(what).behind = behind
     for owner, by_name in functions.items():
-        children = [what for caller, what in flow.calls if caller is owner]
-        quantize_functions(owner, by_name, [m for m in children if isinstance(m, nn.Module)])
+        forward = placed_forward(owner)
+        forward.watch(by_name)
+        for caller, what in flow.calls:
+            if caller is owner and isinstance(what, nn.Module):
+                pause_within(what, forward)

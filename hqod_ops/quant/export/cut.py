@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from hqod_ops.quant.export._extras import require
@@ -24,35 +23,28 @@ def cut(lowered: Lowered) -> Any:
     the file, is an output. Nothing else changes, so a runtime may fuse what it fuses in the file.
 
     Returns:
-        onnx.ModelProto: outputs are those of the file, then those quantized activations that are
-        not among them.
+        onnx_ir.Model: outputs are those of the file, then those quantized activations that are not
+        among them.
     """
-    helper, float_type = require("onnx.helper"), require("onnx").TensorProto.FLOAT
-    model = copy.deepcopy(lowered.model)
-    graph = model.graph
-    own = {node.name for chain in lowered.chains for node in chain.nodes[1:]}
-    copies: list[Any] = []
-    renamed: dict[str, str] = {}
+    ir = require("onnx_ir")
+    model = lowered.model.clone()
+    graph, copies = model.graph, ir.tape.Tape()
+    values = ir.convenience.create_value_mapping(graph)
     for chain in lowered.chains:
-        names = {chain.source: forced_input(chain)}
-        for node in chain.nodes:
-            twin = copy.deepcopy(node)
-            twin.name = f"{PREFIX}{node.name}"
-            twin.input[:] = [names.get(name, name) for name in node.input]
-            names.update((name, f"{PREFIX}{name}") for name in node.output)
-            twin.output[:] = [names[name] for name in node.output]
-            copies.append(twin)
-        renamed[chain.output] = names[chain.output]
-    for node in graph.node:
-        if node.name not in own:
-            node.input[:] = [renamed.get(name, name) for name in node.input]
-    nodes = [*copies, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    known = {output.name for output in graph.output}
-    for chain in lowered.chains:
-        dims = [None] * chain.grid.dims
-        graph.input.append(helper.make_tensor_value_info(forced_input(chain), float_type, dims))
-        if chain.output not in known:
-            graph.output.append(helper.make_tensor_value_info(chain.output, float_type, dims))
+        forced = ir.val(forced_input(chain), ir.DataType.FLOAT, [None] * chain.grid.dims)
+        graph.inputs.append(forced)
+        twins = {chain.source: forced}
+        for name in chain.outputs:
+            node, twin = values[name].producer(), ir.val(f"{PREFIX}{name}")
+            inputs = [twins.get(value.name, value) for value in node.inputs]
+            twins[name] = copies.op(
+                node.op_type, inputs, node.attributes, name=twin.name, output=twin
+            )
+        output = values[chain.output]
+        for node, index in output.uses():
+            node.replace_input_with(index, twins[chain.output])
+        if output not in graph.outputs:
+            output.dtype = ir.DataType.FLOAT
+            graph.outputs.append(output)
+    graph.insert_before(graph[0], copies.nodes)
     return model

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from hqod_ops.quant.export._extras import require
@@ -17,6 +16,12 @@ EXACT_SUMS = "session.x64quantprecision"
 """The entry of ONNX Runtime's session configuration that keeps its kernels for uint8 activations
 and int8 weights from overflowing: on x86 processors without VNNI they add pairs of products in 16
 bits, which two of 255 * 127 exceed."""
+
+
+def to_bytes(model: Any) -> bytes:
+    """An onnx_ir.Model as it stands in a file."""
+    file: bytes = require("onnx_ir").to_proto(model).SerializeToString()
+    return file
 
 
 class Evaluator(Protocol):
@@ -107,28 +112,29 @@ def usable_opset() -> int:
 
     Asked of the packages themselves, since ONNX Runtime does not tell: by a model of one node.
     """
-    onnx, helper = require("onnx"), require("onnx.helper")
-    known = onnx.defs.onnx_opset_version()
-    for storage in sorted(STORAGES, key=lambda entry: -entry.opset):
-        if storage.opset > known:
+    onnx = require("onnx")
+    for opset, kind in sorted(((s.opset, s.name.lower()) for s in STORAGES), reverse=True):
+        if opset > onnx.defs.onnx_opset_version():
             continue
-        types = onnx.TensorProto.FLOAT, storage.onnx_type
-        graph = helper.make_graph(
-            [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["y"])],
-            "probe",
-            [helper.make_tensor_value_info(name, types[0], [1]) for name in ("x", "scale")],
-            [helper.make_tensor_value_info("y", types[1], [1])],
-            [onnx.numpy_helper.from_array(np.zeros(1, storage.numpy_type), "zero")],
-        )
-        imports = [helper.make_opsetid("", storage.opset)]
-        ir_version = helper.find_min_ir_version_for(imports)
-        model = helper.make_model(graph, opset_imports=imports, ir_version=ir_version)
+        model = onnx.parser.parse_model(f"""
+            <ir_version: {least_ir_version(opset)}, opset_import: ["": {opset}]>
+            probe (float[1] x, float scale, {kind} zero) => ({kind}[1] y) {{
+                y = QuantizeLinear (x, scale, zero)
+            }}
+        """)
         try:
             _Runtime(model.SerializeToString(), optimized=True)
         except Exception:
             continue
-        return storage.opset
+        return opset
     return BASE_OPSET
+
+
+def least_ir_version(opset: int) -> int:
+    """The version of the format that came with an opset."""
+    helper = require("onnx.helper")
+    imports = [helper.make_opsetid("", opset)]
+    return int(helper.find_min_ir_version_for(imports, ignore_unknown=True))
 
 
 def first_line(error: BaseException) -> str:

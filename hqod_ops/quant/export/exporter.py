@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from hqod_ops.quant.export._extras import require
-from hqod_ops.quant.export.evaluate import usable_opset
-from hqod_ops.quant.export.grid import BASE_OPSET, Grid
+from hqod_ops.quant.export.evaluate import to_bytes, usable_opset
+from hqod_ops.quant.export.grid import BASE_OPSET
+from hqod_ops.quant.export.inventory import Inventory
 from hqod_ops.quant.export.lowering import Lowered, lower
 from hqod_ops.quant.export.nms import NMS, append_nms
-from hqod_ops.quant.export.record import quantizers, read_grids, record
+from hqod_ops.quant.export.record import read_grids, record
 from hqod_ops.quant.export.trace import trace
 from hqod_ops.quant.export.verify import Verification, check_expressible, verify
-from hqod_ops.quant.quantizers.base import Quantizer
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ def export_onnx(
         ExportReport: opset, sizes, and differences.
 
     Raises:
-        ImportError: onnx, onnxscript or onnxruntime is missing; the message names the extra.
+        ImportError: onnx, onnx-ir, onnxscript or onnxruntime is missing; the message names the
+            extra.
         ValueError: the model has no quantized layer, was not calibrated, or has a quantizer that
             ONNX cannot express; the opset is below 18, or there is no such directory.
         TypeError: a parameter or the example is float16, bfloat16 or float64.
@@ -167,21 +168,21 @@ def export_onnx(
         >>> report.opset, report.storage
         (18, {'INT8': 1, 'UINT8': 1})
     """
-    for module in ("onnx", "onnxscript", "onnxruntime"):
+    for module in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
         require(module)
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"path: there is no directory {str(path.parent)!r}")
     limit = _opset_limit(opset)
     arguments = pytree.tree_map(_to_cpu, example if isinstance(example, tuple) else (example,))
-    _check_model(model)
-    model = copy.deepcopy(model).cpu().eval()
-    _check_dtypes(model, arguments)
-    recording = record(model, arguments)
-    grids = read_grids(model, recording, limit, unsigned_weights=unsigned_weights)
+    inventory = Inventory(copy.deepcopy(model).cpu().eval())
+    inventory.verify()
+    _check_dtypes(inventory.model, arguments)
+    recording = record(inventory, arguments)
+    grids = read_grids(inventory, recording, limit, unsigned_weights=unsigned_weights)
     check_expressible(recording, grids)
     traced = trace(
-        model,
+        inventory,
         arguments,
         grids,
         dynamic_shapes=dynamic_shapes,
@@ -189,9 +190,9 @@ def export_onnx(
         output_names=output_names,
     )
     lowered = lower(traced, grids)
-    file: bytes = lowered.model.SerializeToString()
+    file = to_bytes(lowered.model)
     tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    names = [entry.name for entry in lowered.model.graph.input]
+    names = [entry.name for entry in lowered.model.graph.inputs]
     feeds = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
     verification = verify(lowered, file, recording, feeds, max_steps)
     if nms is not None:
@@ -216,24 +217,6 @@ def _to_cpu(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
-def _check_model(model: nn.Module) -> None:
-    if not any(isinstance(module, Quantizer) for module in model.modules()):
-        raise ValueError("model: expected a model from prepare_qat, it has no quantizer")
-    others, weights = quantizers(model)
-    missing = [name for name, quantizer in others.items() if not quantizer.calibrated]
-    missing += [
-        name
-        for name, layer in weights.items()
-        if layer.weight_quantizer is not None and not layer.weight_quantizer.calibrated
-    ]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(
-            f"model: expected a calibrated model, {', '.join(missing[:3])}{more} never were; run "
-            "hqod_ops.quant.calibrate(model, batches) or load a calibrated state_dict"
-        )
-
-
 def _check_dtypes(model: nn.Module, arguments: tuple[Any, ...]) -> None:
     named = [*model.named_parameters(), *model.named_buffers()]
     leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
@@ -247,19 +230,16 @@ def _check_dtypes(model: nn.Module, arguments: tuple[Any, ...]) -> None:
 
 
 def _report(path: Path, lowered: Lowered, size: int, verification: Verification) -> ExportReport:
-    weights = list(lowered.weights.values())
-    grids: list[Grid] = [*weights, *(chain.grid for chain in lowered.chains)]
-    opset = next(entry.version for entry in lowered.model.opset_import if not entry.domain)
     saved = sum(
         4 * grid.codes.size - -(-grid.codes.size * grid.storage.bits // 8)
-        for grid in weights
+        for grid in lowered.weights
         if grid.codes is not None
     )
     return ExportReport(
         path=path,
-        opset=opset,
+        opset=lowered.model.opset_imports[""],
         size=size,
         float_size=size + saved,
-        storage=dict(sorted(Counter(grid.storage.name for grid in grids).items())),
+        storage=dict(sorted(Counter(grid.storage.name for grid in lowered.grids).items())),
         **dataclasses.asdict(verification),
     )

@@ -34,14 +34,9 @@ class Storage:
         return (self.high - self.low).bit_length()
 
     @property
-    def onnx_type(self) -> int:
-        """Its number in ``onnx.TensorProto``."""
-        return int(getattr(require("onnx").TensorProto, self.name))
-
-    @property
     def numpy_type(self) -> np.dtype[Any]:
         """The NumPy type (of ml_dtypes below 8 bits) that onnx packs."""
-        dtype: np.dtype[Any] = require("onnx.helper").tensor_dtype_to_np_dtype(self.onnx_type)
+        dtype: np.dtype[Any] = require("onnx_ir").DataType[self.name].numpy()
         return dtype
 
 
@@ -176,7 +171,7 @@ def read_grid(
         axis=None if axis is None else axis % dims,
         dims=dims,
         storage=_storage(name, low, high, zero_point, opset),
-        activation=getattr(quantizer, "activation", None),
+        activation=quantizer.activation,
     )
     return grid if weight is None else _with_codes(grid, quantizer, weight)
 

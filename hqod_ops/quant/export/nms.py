@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from hqod_ops.quant.export._extras import require
-from hqod_ops.quant.export.evaluate import Feeds, Reference, evaluator
+from hqod_ops.quant.export.evaluate import Feeds, Reference, evaluator, to_bytes
 from hqod_ops.quant.export.verify import ExportError
 
 OUTPUTS = ("detected_boxes", "detected_scores", "detected_labels", "detected_images")
@@ -52,7 +53,7 @@ def append_nms(model: Any, settings: NMS, feeds: Feeds) -> bytes:
     """A checked file: the model, and the suppression behind it.
 
     Args:
-        model (onnx.ModelProto): its two outputs are boxes and scores.
+        model (onnx_ir.Model): its two outputs are boxes and scores.
         settings (NMS): thresholds.
         feeds (dict of str to array): an example.
 
@@ -61,23 +62,31 @@ def append_nms(model: Any, settings: NMS, feeds: Feeds) -> bytes:
         ExportError: the file does not give what ONNX's reference evaluator makes of the model's
             boxes and scores.
     """
-    outputs = list(model.graph.output)
-    shapes = [[d.dim_value for d in o.type.tensor_type.shape.dim] for o in outputs]
+    outputs = model.graph.outputs
+    shapes = [[d if isinstance(d, int) else 0 for d in output.shape] for output in outputs]
     fits = len(shapes) == 2 and [len(shape) for shape in shapes] == [3, 3] and shapes[0][2] == 4
     if not fits:
         raise ValueError(
             "nms: expected a model that returns boxes Tensor[B, A, 4] and scores Tensor[B, A, "
             f"classes], such as detection_network(model, 'boxes'), got outputs of shape {shapes}"
         )
-    suppression = _graph(model, settings)
+    suppression = require("onnx.parser").parse_model(
+        _TEXT.format(
+            ir_version=model.ir_version,
+            opset=model.opset_imports[""],
+            **dataclasses.asdict(settings),
+        )
+    )
     joined = require("onnx.compose").merge_models(
-        model, suppression, [(outputs[0].name, "nms.boxes"), (outputs[1].name, "nms.scores")]
+        require("onnx_ir").to_proto(model),
+        suppression,
+        [(outputs[0].name, "nms_boxes"), (outputs[1].name, "nms_scores")],
     )
     file: bytes = joined.SerializeToString()
-    boxes, scores = evaluator(model.SerializeToString())[0](feeds)
+    boxes, scores = evaluator(to_bytes(model))[0](feeds)
     run, _ = evaluator(file)
     expected = Reference(suppression.SerializeToString())(
-        {"nms.boxes": boxes, "nms.scores": scores}
+        {"nms_boxes": boxes, "nms_scores": scores}
     )
     for name, ours, theirs in zip(OUTPUTS, run(feeds), expected, strict=True):
         if ours.shape != theirs.shape or not np.allclose(ours, theirs, rtol=1e-5, atol=1e-5):
@@ -85,39 +94,22 @@ def append_nms(model: Any, settings: NMS, feeds: Feeds) -> bytes:
     return file
 
 
-def _graph(model: Any, settings: NMS) -> Any:
-    helper, types = require("onnx.helper"), require("onnx").TensorProto
-    constants = {
-        "nms.per_class": np.array([settings.per_class], np.int64),
-        "nms.iou": np.array([settings.iou], np.float32),
-        "nms.score": np.array([settings.score], np.float32),
-        "nms.image": np.array(0, np.int64),
-        "nms.class": np.array(1, np.int64),
-        "nms.image_and_anchor": np.array([0, 2], np.int64),
-    }
-    boxes, scores, labels, images = OUTPUTS
-    nodes: list[tuple[list[str], str, str, dict[str, Any]]] = [
-        (["nms.scores"], "Transpose", "nms.by_class", {"perm": [0, 2, 1]}),
-        (
-            ["nms.boxes", "nms.by_class", "nms.per_class", "nms.iou", "nms.score"],
-            "NonMaxSuppression",
-            "nms.selected",
-            {},
-        ),
-        (["nms.selected", "nms.image_and_anchor"], "Gather", "nms.places", {"axis": 1}),
-        (["nms.boxes", "nms.places"], "GatherND", boxes, {}),
-        (["nms.by_class", "nms.selected"], "GatherND", scores, {}),
-        (["nms.selected", "nms.class"], "Gather", labels, {"axis": 1}),
-        (["nms.selected", "nms.image"], "Gather", images, {"axis": 1}),
-    ]
-    kinds = {boxes: (types.FLOAT, ["N", 4]), scores: (types.FLOAT, ["N"])}
-    kinds |= {name: (types.INT64, ["N"]) for name in (labels, images)}
-    info = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        [helper.make_node(op, i, [o], name=o, **attributes) for i, op, o, attributes in nodes],
-        "nms",
-        [info(name, types.FLOAT, [None] * 3) for name in ("nms.boxes", "nms.scores")],
-        [info(name, *kinds[name]) for name in OUTPUTS],
-        [require("onnx.numpy_helper").from_array(v, name) for name, v in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+_TEXT = """
+<ir_version: {ir_version}, opset_import: ["": {opset}]>
+nms (float[B, A, 4] nms_boxes, float[B, A, C] nms_scores) => (
+    float[N, 4] detected_boxes, float[N] detected_scores,
+    int64[N] detected_labels, int64[N] detected_images
+) <
+    int64[1] nms_per_class = {{{per_class}}}, float[1] nms_iou = {{{iou:.9g}}},
+    float[1] nms_score = {{{score:.9g}}}, int64 nms_image = {{0}}, int64 nms_class = {{1}},
+    int64[2] nms_image_and_anchor = {{0, 2}}
+> {{
+    nms_by_class = Transpose <perm = [0, 2, 1]> (nms_scores)
+    nms_selected = NonMaxSuppression (nms_boxes, nms_by_class, nms_per_class, nms_iou, nms_score)
+    nms_places = Gather <axis = 1> (nms_selected, nms_image_and_anchor)
+    detected_boxes = GatherND (nms_boxes, nms_places)
+    detected_scores = GatherND (nms_by_class, nms_selected)
+    detected_labels = Gather <axis = 1> (nms_selected, nms_class)
+    detected_images = Gather <axis = 1> (nms_selected, nms_image)
+}}
+"""

@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hqod_ops.quant.export._extras import require
 from hqod_ops.quant.export.evaluate import first_line
 from hqod_ops.quant.export.grid import BASE_OPSET, Grid
-from hqod_ops.quant.export.record import call_name, quantizers
-from hqod_ops.quant.quantizers.base import Quantizer
-from hqod_ops.quant.quantizers.calls import reset_levels
+from hqod_ops.quant.export.inventory import Inventory
 
 DOMAIN = "hqod"
 PLACEHOLDER = "FakeQuant"
@@ -23,7 +21,7 @@ SITE = "site"
 
 
 def trace(
-    model: nn.Module,
+    inventory: Inventory,
     example: tuple[Any, ...],
     grids: Sequence[Grid],
     *,
@@ -31,10 +29,10 @@ def trace(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
 ) -> Any:
-    """Trace a model; its quantizers are replaced in place, so give a copy.
+    """Trace a model; its quantizers are replaced in place, so give a copy's.
 
     Args:
-        model (nn.Module): calibrated, in eval mode, on the CPU.
+        inventory (Inventory): of a model that is calibrated, in eval mode, on the CPU.
         example (tuple): its positional arguments.
         grids (sequence of Grid): of all its quantizers; a placeholder has the place of its one in
             the attribute ``site``.
@@ -43,19 +41,15 @@ def trace(
             file. Default: None, torch's
 
     Returns:
-        onnx.ModelProto: the graph with placeholders, in the lowest opset with the grids' types.
+        onnx_ir.Model: the graph with placeholders, in the lowest opset with the grids' types.
 
     Raises:
         RuntimeError: torch cannot export the model.
     """
-    calls = _replace(model, grids)
+    model = inventory.model
+    _replace(inventory, grids)
     needed = max([BASE_OPSET, *(grid.storage.opset for grid in grids)])
-
-    def begin(_module: nn.Module, _args: Any) -> None:
-        calls.clear()
-        reset_levels(model)
-
-    model.register_forward_pre_hook(begin, prepend=True)
+    model.register_forward_pre_hook(lambda _module, _args: inventory.begin(), prepend=True)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # Deprecations inside of torch and onnxscript, which the caller cannot change.
@@ -78,16 +72,14 @@ def trace(
             f"model: torch cannot export {type(model).__name__} to ONNX: {first_line(error)}"
         ) from error
     assert exported is not None
-    graph = exported.model_proto
-    version = next(entry.version for entry in graph.opset_import if not entry.domain)
-    if version != needed:
-        graph = require("onnx.version_converter").convert_version(graph, needed)
-    return graph
+    if exported.model.opset_imports[""] == needed:
+        return exported.model
+    converter = require("onnx.version_converter")
+    return require("onnx_ir").from_proto(converter.convert_version(exported.model_proto, needed))
 
 
-def _replace(model: nn.Module, grids: Sequence[Grid]) -> dict[str, int]:
-    """Let the quantizers emit placeholders; the counts of calls that this keeps are returned."""
-    calls: dict[str, int] = {}
+def _replace(inventory: Inventory, grids: Sequence[Grid]) -> None:
+    """Let the quantizers emit placeholders."""
     sites = {grid.name: index for index, grid in enumerate(grids)}
 
     def placeholder(name: str, x: Tensor) -> Tensor:
@@ -103,17 +95,13 @@ def _replace(model: nn.Module, grids: Sequence[Grid]) -> dict[str, int]:
         )
         return y
 
-    def quantize(name: str, quantizer: Quantizer, x: Tensor) -> Tensor:
-        call = calls[name] = calls.get(name, -1) + 1
-        return placeholder(call_name(name, quantizer, call), x)
+    def quantize(name: str, x: Tensor) -> Tensor:
+        return placeholder(inventory.next_call(name)[0], x)
 
-    others, weights = quantizers(model)
-    for name, quantizer in others.items():
-        quantizer.forward = functools.partial(quantize, name, quantizer)  # type: ignore[method-assign]
-    for name, layer in weights.items():
-        assert layer.weight_quantizer is not None
-        layer.weight_quantizer.enabled = False  # where all weights are quantized together, not here
+    for name, quantizer in inventory.activations.items():
+        quantizer.forward = functools.partial(quantize, name)  # type: ignore[method-assign]
+    for name, (layer, quantizer) in inventory.weights.items():
+        quantizer.enabled = False  # where all weights are quantized together, not here
         layer.quantized_weight = functools.partial(  # type: ignore[method-assign]
             placeholder, name, layer.weight
         )
-    return calls

@@ -10,7 +10,7 @@ import numpy as np
 
 from hqod_ops.quant.export._extras import require
 from hqod_ops.quant.export.cut import cut, forced_input
-from hqod_ops.quant.export.evaluate import EXACT_SUMS, Evaluator, Feeds, evaluator
+from hqod_ops.quant.export.evaluate import EXACT_SUMS, Evaluator, Feeds, evaluator, to_bytes
 from hqod_ops.quant.export.grid import Array, Grid
 from hqod_ops.quant.export.lowering import Lowered
 from hqod_ops.quant.export.record import Recording
@@ -56,12 +56,10 @@ def check_expressible(recording: Recording, grids: Sequence[Grid]) -> None:
     for grid in grids:
         if grid.codes is not None or grid.name not in recording.before:
             continue
-        quantizer, _ = recording.calls[grid.name]
-        if getattr(quantizer, "official_ties", False) and grid.low < 0:
-            raise ValueError(
-                f"{grid.name}: ONNX rounds halves to even, it cannot express official_ties, which "
-                "rounds negative ones up"
-            )
+        quantizer, level = recording.calls[grid.name]
+        problem = quantizer.onnx_problem(level)
+        if problem is not None:
+            raise ValueError(f"{grid.name}: {problem}")
         x, y = recording.before[grid.name], recording.after[grid.name]
         steps = np.abs(grid.steps(grid.dequantize(grid.quantize(x)) - y))
         position = np.abs(grid.steps(x)) % 1.0
@@ -91,15 +89,16 @@ def verify(
     """
     _check_constants(lowered, file)
     forced = {forced_input(c): recording.before[c.grid.name] for c in lowered.chains}
-    names = [output.name for output in lowered.model.graph.output]
+    names = [output.name for output in lowered.model.graph.outputs]
     shown = [*names, *(c.output for c in lowered.chains if c.output not in names)]
-    parts = cut(lowered).SerializeToString()
+    parts = to_bytes(cut(lowered))
 
     def compare(run: Evaluator, share: float) -> tuple[int, float]:
         results = run({**feeds, **forced})
         values = dict(zip(shown, results, strict=True))
         found = _compare_codes(run, lowered, values, recording, max_steps, share)
-        _compare_outputs(run, names, results[: len(names)], recording, "from identical inputs")
+        pairs = _pairs(run, names, results[: len(names)], recording)
+        _compare_outputs(run, pairs, "from identical inputs")
         return found
 
     compare(evaluator(parts, optimized=False)[0], MAX_FLIPPED)
@@ -120,14 +119,18 @@ def verify(
             f"a lower opset may help, 21 stores 2 bits in 4-bit integers ({problem})",
             stacklevel=3,
         )
-    outputs = whole(feeds)
+    pairs = _pairs(whole, names, whole(feeds), recording)
     if not flipped:
-        _compare_outputs(whole, names, outputs, recording, "although no code differs")
+        _compare_outputs(whole, pairs, "although no code differs")
+    grids = {chain.output: chain.grid for chain in lowered.chains}
     return Verification(
         evaluator=whole.name,
-        difference=max((_largest(a, b) for a, b in _pairs(outputs, recording)), default=0.0),
-        relative_difference=max((_l2(a, b) for a, b in _pairs(outputs, recording)), default=0.0),
-        output_steps=_output_steps(lowered, names, outputs, recording),
+        difference=max((_largest(_difference(*pair)) for _, *pair in pairs), default=0.0),
+        relative_difference=max((_l2(*pair) for _, *pair in pairs), default=0.0),
+        output_steps=tuple(
+            _largest(grids[name].steps(ours - theirs)) if name in grids else None
+            for name, ours, theirs in pairs
+        ),
         steps=steps,
         flipped=flipped,
     )
@@ -148,7 +151,7 @@ def _check_constants(lowered: Lowered, file: bytes) -> None:
     to_array = require("onnx.numpy_helper").to_array
     graph = require("onnx").load_model_from_string(file).graph
     stored = {entry.name: to_array(entry) for entry in graph.initializer}
-    for grid in [*lowered.weights.values(), *(chain.grid for chain in lowered.chains)]:
+    for grid in lowered.grids:
         expected = {"scale": grid.scale, "zero_point": grid.zero_point, "codes": grid.codes}
         for name, value in expected.items():
             if value is not None and not np.array_equal(stored[f"{grid.label}.{name}"], value):
@@ -168,10 +171,7 @@ def _compare_codes(
     for chain in lowered.chains:
         grid = chain.grid
         steps = np.rint(np.abs(grid.steps(values[chain.output] - recording.after[grid.name])))
-        worst, flips = (
-            float(np.nan_to_num(steps, nan=np.inf).max(initial=0)),
-            int((steps > 0).sum()),
-        )
+        worst, flips = _largest(np.nan_to_num(steps, nan=np.inf)), int((steps > 0).sum())
         if worst > max_steps or flips > max(FEW, share * steps.size):
             raise ExportError(
                 f"{grid.name}: from identical inputs, {flips} of {steps.size} codes of {run.name} "
@@ -181,16 +181,27 @@ def _compare_codes(
     return largest, different / max(total, 1)
 
 
-def _compare_outputs(
-    run: Evaluator, names: list[str], outputs: list[Array], recording: Recording, when: str
-) -> None:
-    for name, (ours, theirs) in zip(names, _pairs(outputs, recording), strict=True):
+def _pairs(
+    run: Evaluator, names: list[str], outputs: list[Array], recording: Recording
+) -> list[tuple[str, Array, Array]]:
+    """The outputs by name, the file's and the model's."""
+    if len(outputs) != len(recording.outputs):
+        raise ExportError(
+            f"the model returns {len(recording.outputs)} tensors, the file {len(outputs)}"
+        )
+    pairs = list(zip(names, outputs, recording.outputs, strict=True))
+    for name, ours, theirs in pairs:
         if ours.shape != theirs.shape:
             raise ExportError(
                 f"output {name!r}: expected shape {theirs.shape}, {run.name} gives {ours.shape}"
             )
-        difference = _largest(ours, theirs)
-        size = float(np.abs(theirs).max(initial=0)) if theirs.dtype.kind == "f" else 0.0
+    return pairs
+
+
+def _compare_outputs(run: Evaluator, pairs: list[tuple[str, Array, Array]], when: str) -> None:
+    for name, ours, theirs in pairs:
+        difference = _largest(_difference(ours, theirs))
+        size = _largest(theirs) if theirs.dtype.kind == "f" else 0.0
         if not difference <= FLOAT_TOLERANCE * size:
             raise ExportError(
                 f"output {name!r}: {run.name} and the model differ by {difference:.3g} {when}, "
@@ -198,34 +209,15 @@ def _compare_outputs(
             )
 
 
-def _pairs(outputs: list[Array], recording: Recording) -> list[tuple[Array, Array]]:
-    if len(outputs) < len(recording.outputs):
-        raise ExportError(
-            f"the model returns {len(recording.outputs)} tensors, the file {len(outputs)}"
-        )
-    return list(zip(outputs, recording.outputs, strict=False))
+def _difference(ours: Array, theirs: Array) -> Array:
+    return np.asarray(ours.astype(np.float64) - theirs.astype(np.float64))
 
 
-def _largest(ours: Array, theirs: Array) -> float:
-    if ours.shape != theirs.shape:
-        return float("inf")
-    return float(np.abs(ours.astype(np.float64) - theirs.astype(np.float64)).max(initial=0))
+def _largest(values: Array) -> float:
+    return float(np.abs(values).max(initial=0))
 
 
 def _l2(ours: Array, theirs: Array) -> float:
-    if ours.shape != theirs.shape:
-        return float("inf")
     size = float(np.linalg.norm(theirs.astype(np.float64)))
-    difference = float(np.linalg.norm(ours.astype(np.float64) - theirs.astype(np.float64)))
+    difference = float(np.linalg.norm(_difference(ours, theirs)))
     return difference / size if size else difference
-
-
-def _output_steps(
-    lowered: Lowered, names: list[str], outputs: list[Array], recording: Recording
-) -> tuple[float | None, ...]:
-    """End to end, in steps of the quantizer, for outputs that are one's."""
-    grids = {chain.output: chain.grid for chain in lowered.chains}
-    return tuple(
-        float(np.abs(grids[name].steps(ours - theirs)).max(initial=0)) if name in grids else None
-        for name, (ours, theirs) in zip(names, _pairs(outputs, recording), strict=True)
-    )

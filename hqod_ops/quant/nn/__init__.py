@@ -1,6 +1,6 @@
 """Layers of a prepared model, and what becomes of its batch norms."""
 
-from hqod_ops.quant.nn.batch_norm import fold_batch_norm, freeze_batch_norm
+from hqod_ops.quant.nn.batch_norm import freeze_batch_norm
 from hqod_ops.quant.nn.layers import QATConv2d, QATConvTranspose2d, QATLayer, QATLinear
 from hqod_ops.quant.nn.level_norm import LevelBatchNorm2d, use_level_batch_norm
 
@@ -10,7 +10,6 @@ __all__ = [
     "QATConvTranspose2d",
     "QATLayer",
     "QATLinear",
-    "fold_batch_norm",
     "freeze_batch_norm",
     "use_level_batch_norm",
 ]

@@ -11,6 +11,7 @@ from hqod_ops.quant.quantizers.base import Quantizer
 
 if TYPE_CHECKING:
     from hqod_ops.quant.nn.shared_weight import SharedWeight
+    from hqod_ops.quant.nn.upstream import UpstreamQuantizer
 
 _Self = TypeVar("_Self", bound="QATLayer")
 
@@ -38,6 +39,8 @@ class QATLayer(nn.Module):
     input_quantizer: Quantizer | None
     shared_weight: SharedWeight | None = None
     """Where a model that quantizes all its weights together puts that of this layer."""
+    upstream: UpstreamQuantizer | None = None
+    """In place of the input's quantizer where that works at the producers of the input."""
 
     @classmethod
     def from_float(
@@ -88,6 +91,8 @@ class QATLayer(nn.Module):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """x on the grid of the input quantizer; one call of the layer."""
+        if self.upstream is not None:
+            return self.upstream(x)
         return _apply(self.input_quantizer, x)
 
 

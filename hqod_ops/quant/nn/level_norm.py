@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.quant.patterns import Patterns, as_tuple
-from hqod_ops.quant.quantizers.calls import CountsCalls, in_backward, start_levels
+from hqod_ops.quant.quantizers.calls import CountsCalls, in_backward
+from hqod_ops.quant.runtime import track_calls
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -103,7 +104,7 @@ def use_level_batch_norm(model: _Model, pattern: Patterns, levels: int) -> _Mode
         if any(fnmatchcase(name, entry) for entry in patterns):
             parent, _, key = name.rpartition(".")
             setattr(model.get_submodule(parent), key, _per_level(norm, levels))
-    model.register_forward_pre_hook(start_levels)
+    track_calls(model)
     return model
 
 

@@ -14,19 +14,8 @@ from hqod_ops.quant.observers.base import (
 from hqod_ops.quant.observers.histogram import MSE, Percentile
 from hqod_ops.quant.observers.power_of_two import PowerOfTwo, PowerOfTwoRange
 from hqod_ops.quant.observers.ranges import EMAMinMax, LSQInit, MinMax
+from hqod_ops.quant.observers.registry import OBSERVERS
 from hqod_ops.quant.observers.search import EMAMSE
-
-OBSERVERS: dict[str, type[Observer]] = {
-    "minmax": MinMax,
-    "ema_minmax": EMAMinMax,
-    "percentile": Percentile,
-    "mse": MSE,
-    "ema_mse": EMAMSE,
-    "lsq": LSQInit,
-    "power_of_two": PowerOfTwo,
-    "power_of_two_range": PowerOfTwoRange,
-}
-"""The observers by the names that configurations use."""
 
 __all__ = [
     "EMAMSE",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from hqod_ops.quant.signatures import PassesOn
 
 MIN_BITS, MAX_BITS = 2, 8
 
@@ -94,7 +96,15 @@ def affine_for_range(low: Tensor, high: Tensor, bits: int, signed: bool) -> tupl
     return scale, torch.where(scale > 0, zero, 0.0)
 
 
-class Observer(ABC):
+class ObserverOptions(TypedDict, total=False):
+    """The options that all observers have; see :class:`Observer`."""
+
+    signed: bool | None
+    ch_axis: int | None
+    symmetric: bool
+
+
+class Observer(PassesOn, ABC):
     """Is fed tensors, and says with which scale (and zero point) to start.
 
     Statistics are kept on the CPU; reading them there waits for the device, so an observer is for

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqod_ops.quant.observers.base import RangeObserver
+from hqod_ops.quant.observers.base import ObserverOptions, RangeObserver
 from hqod_ops.quant.observers.search import Groups, check_steps, least_error_shrink
+from hqod_ops.quant.signatures import Unpack
 
 BLOCK = 2**20
 """Values that are sorted into bins at once, which bounds the memory beside the histogram."""
@@ -51,17 +52,17 @@ class Histogram:
         """Width of the bins of each row, Tensor[C], float64."""
         return _ldexp(torch.full_like(self.low, 2.0 / self.bins), self.exponent)
 
-    def edges(self) -> Tensor:
+    def borders(self) -> Tensor:
         """The borders of the bins, Tensor[C, bins + 1], float64."""
         inner = torch.arange(-(self.bins // 2), self.bins // 2 + 1, dtype=torch.float64)
         return inner * self.width[:, None]
 
     def groups(self) -> Groups:
         """The bins as groups for a search; a bin's value is the mean of what it holds."""
-        edges = self.edges()
-        centres = (edges[:, 1:] + edges[:, :-1]) / 2
+        borders = self.borders()
+        centres = (borders[:, 1:] + borders[:, :-1]) / 2
         # The mean of what lies in a bin may be rounded out of it, where values are not sorted.
-        means = torch.clamp(self.sums / self.counts.clamp(min=1), edges[:, :-1], edges[:, 1:])
+        means = torch.clamp(self.sums / self.counts.clamp(min=1), borders[:, :-1], borders[:, 1:])
         return Groups.of(torch.where(self.counts > 0, means, centres), self.counts, self.sums)
 
     def add(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
@@ -121,22 +122,18 @@ def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
     return x * torch.exp2(half.double()) * torch.exp2((exponent - half).double())
 
 
+class _HistogramOptions(ObserverOptions, total=False):
+    bins: int
+
+
 class _HistogramObserver(RangeObserver):
     """What the observers over a histogram have in common."""
 
     _statistics = ("_histogram", "_dtype")
     _dtype: torch.dtype
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        symmetric: bool = True,
-        bins: int = 4096,
-    ) -> None:
-        super().__init__(bits, signed=signed, ch_axis=ch_axis, symmetric=symmetric)
+    def __init__(self, bits: int, *, bins: int = 4096, **options: Unpack[ObserverOptions]) -> None:
+        super().__init__(bits, **options)
         self._histogram = Histogram(bins)
 
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
@@ -160,8 +157,7 @@ class Percentile(_HistogramObserver):
     and never beyond the data.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), symmetric (bool): see
-            :class:`Observer`.
+        bits (int), **options: see :class:`Observer`.
         percentile (float): in (50, 100]; 100 is the whole range. Default: 99.99
         bins (int): a power of two. Default: 4096
 
@@ -178,25 +174,18 @@ class Percentile(_HistogramObserver):
     """
 
     def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        symmetric: bool = True,
-        percentile: float = 99.99,
-        bins: int = 4096,
+        self, bits: int, *, percentile: float = 99.99, **options: Unpack[_HistogramOptions]
     ) -> None:
-        super().__init__(bits, signed=signed, ch_axis=ch_axis, symmetric=symmetric, bins=bins)
+        super().__init__(bits, **options)
         if not 50 < percentile <= 100:
             raise ValueError(f"percentile: expected a value in (50, 100], got {percentile}")
         self.percentile = percentile
 
     def _range(self) -> tuple[Tensor, Tensor]:
         histogram = self._histogram
-        edges = histogram.edges()
-        high = _reach(histogram.counts, edges[:, 1:], self.percentile)
-        low = -_reach(histogram.counts.flip(1), -edges[:, :-1].flip(1), self.percentile)
+        borders = histogram.borders()
+        high = _reach(histogram.counts, borders[:, 1:], self.percentile)
+        low = -_reach(histogram.counts.flip(1), -borders[:, :-1].flip(1), self.percentile)
         return (
             torch.maximum(low, histogram.low).to(self._dtype),
             torch.minimum(high, histogram.high).to(self._dtype),
@@ -223,8 +212,7 @@ class MSE(_HistogramObserver):
     that of the best by at most ``2 s w f``.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), symmetric (bool): see
-            :class:`Observer`.
+        bits (int), **options: see :class:`Observer`.
         steps (int): number of candidates, at most 100. Default: 95
         bins (int): a power of two. Default: 4096
 
@@ -241,17 +229,8 @@ class MSE(_HistogramObserver):
         tensor([1.0230])
     """
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        symmetric: bool = True,
-        steps: int = 95,
-        bins: int = 4096,
-    ) -> None:
-        super().__init__(bits, signed=signed, ch_axis=ch_axis, symmetric=symmetric, bins=bins)
+    def __init__(self, bits: int, *, steps: int = 95, **options: Unpack[_HistogramOptions]) -> None:
+        super().__init__(bits, **options)
         self.steps = check_steps(steps)
 
     def _range(self) -> tuple[Tensor, Tensor]:

@@ -25,8 +25,8 @@ class PowerOfTwo(Observer):
     kept within -7..12. A batch of zeros does not vote.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), symmetric (bool, True): see
-            :class:`Observer`. As long as the sign is open, there is a vote for both.
+        bits (int), **options: see :class:`Observer`; symmetric must be True. As long as the sign
+            is open, there is a vote for both.
 
     Source: the "PoT mode" observer of the HQOD code.
 
@@ -41,20 +41,12 @@ class PowerOfTwo(Observer):
     candidates: ClassVar[int] = 5
     """How many exponents to choose from, from e0 on."""
     _statistics = ("_votes", "_dtype")
+    _votes: dict[bool, Tensor]
     _dtype: torch.dtype
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        symmetric: bool = True,
-    ) -> None:
-        super().__init__(bits, signed=signed, ch_axis=ch_axis, symmetric=symmetric)
-        self._votes: dict[bool, Tensor] = {}
-
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
+        if not self.count:
+            self._votes = {}
         self._dtype = rows.dtype
         groups = Groups.single(rows)
         for signed in (False, True) if self._fixed_sign is None else (self._fixed_sign,):

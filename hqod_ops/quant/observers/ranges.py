@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqod_ops.quant.observers.base import Observer, RangeObserver, code_range, weighted_mean
+from hqod_ops.quant.observers.base import (
+    Observer,
+    ObserverOptions,
+    RangeObserver,
+    code_range,
+    weighted_mean,
+)
+from hqod_ops.quant.signatures import Unpack
 
 
 class MinMax(RangeObserver):
@@ -41,12 +48,11 @@ class MinMax(RangeObserver):
         return self._low, self._high
 
 
-class EMAMinMax(RangeObserver):
+class EMAMinMax(MinMax):
     """The range of a batch, averaged exponentially over batches; the first is copied.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), symmetric (bool): see
-            :class:`Observer`.
+        bits (int), **options: see :class:`Observer`.
         momentum (float): weight of the past. Default: 0.9
 
     Raises:
@@ -62,20 +68,10 @@ class EMAMinMax(RangeObserver):
         tensor([1.1000])
     """
 
-    _statistics = ("_low", "_high")
-    _low: Tensor
-    _high: Tensor
-
     def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        symmetric: bool = True,
-        momentum: float = 0.9,
+        self, bits: int, *, momentum: float = 0.9, **options: Unpack[ObserverOptions]
     ) -> None:
-        super().__init__(bits, signed=signed, ch_axis=ch_axis, symmetric=symmetric)
+        super().__init__(bits, **options)
         self.momentum = check_momentum(momentum)
 
     def _update(self, rows: Tensor, low: Tensor, high: Tensor) -> None:
@@ -87,9 +83,6 @@ class EMAMinMax(RangeObserver):
     def _merge(self, states: Sequence[dict[str, Any]]) -> None:
         self._low = weighted_mean(states, [state["_low"] for state in states])
         self._high = weighted_mean(states, [state["_high"] for state in states])
-
-    def _range(self) -> tuple[Tensor, Tensor]:
-        return self._low, self._high
 
 
 def check_momentum(momentum: float) -> float:

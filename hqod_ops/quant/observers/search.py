@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hqod_ops.quant.observers.base import (
+    ObserverOptions,
     RangeObserver,
     affine_for_range,
     code_range,
@@ -17,6 +18,7 @@ from hqod_ops.quant.observers.base import (
     weighted_mean,
 )
 from hqod_ops.quant.observers.ranges import check_momentum
+from hqod_ops.quant.signatures import Unpack
 
 SEARCH_SIZE = 2**22
 """Borders between codes that are looked up at once, which bounds the memory of a search."""
@@ -88,8 +90,8 @@ def _errors(groups: Groups, scales: Tensor, codes: Tensor) -> Tensor:
     def per_code(prefix: Tensor) -> Tensor:
         return prefix.gather(1, cuts.flatten(1)).view_as(cuts).diff(dim=2)
 
-    levels = scales[:, :, None] * codes[:, None, :]
-    return (levels.square() * per_code(groups.counts) - 2 * levels * per_code(groups.sums)).sum(2)
+    points = scales[:, :, None] * codes[:, None, :]
+    return (points.square() * per_code(groups.counts) - 2 * points * per_code(groups.sums)).sum(2)
 
 
 def least_error_shrink(
@@ -140,8 +142,8 @@ class EMAMSE(RangeObserver):
     copied. The search is exact, and looks at one batch at a time.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), symmetric (bool): see
-            :class:`Observer`. As long as the sign is open, both are searched.
+        bits (int), **options: see :class:`Observer`. As long as the sign is open, both are
+            searched.
         momentum (float): weight of the past. Default: 0.9
         steps (int): number of candidates, at most 100. Default: 95
 
@@ -163,13 +165,11 @@ class EMAMSE(RangeObserver):
         self,
         bits: int,
         *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        symmetric: bool = True,
         momentum: float = 0.9,
         steps: int = 95,
+        **options: Unpack[ObserverOptions],
     ) -> None:
-        super().__init__(bits, signed=signed, ch_axis=ch_axis, symmetric=symmetric)
+        super().__init__(bits, **options)
         self.momentum, self.steps = check_momentum(momentum), check_steps(steps)
         self._ranges: dict[bool, tuple[Tensor, Tensor]] = {}
 

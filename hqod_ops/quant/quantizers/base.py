@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.functional import fake_quant
-from hqod_ops.quant.observers import OBSERVERS, Observer, check_bits, code_range
-from hqod_ops.quant.quantizers.state import Codes, ScaleState
+from hqod_ops.quant.observers.base import Observer, check_bits, code_range
+from hqod_ops.quant.observers.registry import OBSERVERS, check_observer
+from hqod_ops.quant.quantizers.state import Codes, ScaleState, StateOptions, Values
+from hqod_ops.quant.signatures import PassesOn, Unpack
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": nn.functional.relu,
@@ -32,7 +34,36 @@ class Observed(NamedTuple):
     """Whole zero points in the shape of the scale; None if symmetric."""
 
 
-class Quantizer(ScaleState, ABC):
+class ForeachForm(NamedTuple):
+    """One tensor of a call of :func:`hqod_ops.fake_quant_foreach`, see
+    :meth:`Quantizer.foreach_form`."""
+
+    x: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    codes: Codes
+    ch_axis: int | None
+    grad_scale: float | str | None
+    scale_mode: str | None = None
+    """How the scales of all tensors are yet to be made positive, see :class:`hqod_ops.quant.LSQ`;
+    None: they are."""
+    written_back: bool = False
+    """Whether that is to be written back to them, once for all tensors, before they are used."""
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What the tensors of one call have in common."""
+        shifted = self.zero_point is not None
+        return self.x.dtype, self.x.device, shifted, *self[4:]
+
+
+class QuantizerOptions(StateOptions, total=False):
+    """The options that all quantizers have; see :class:`Quantizer`."""
+
+    observer: str
+
+
+class Quantizer(PassesOn, ScaleState, ABC):
     """Fake-quantizes one tensor of a layer; the base of :class:`hqod_ops.quant.LSQ` and the others.
 
     The result lies on a grid: ``y = (k - z) * s`` with a whole k in :meth:`codes`, s
@@ -82,38 +113,53 @@ class Quantizer(ScaleState, ABC):
     ``fake_quant(transform(x, level), **arguments(level))``, cast to the dtype of x."""
 
     activation: str | None = None
-    """What is applied to the input first, in the same op: ``"relu"`` or ``"relu6"``. Only for plain
-    quantizers whose :meth:`transform` changes nothing."""
+    """What is applied to the input first, in the same op: ``"relu"`` or ``"relu6"``. Only where the
+    quantizer :attr:`absorbs`."""
 
     def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        channels: int = 1,
-        observer: str = "ema_mse",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, bits: int, *, observer: str = "ema_mse", **options: Unpack[StateOptions]
     ) -> None:
-        if observer not in OBSERVERS:
-            raise ValueError(f"observer: expected one of {', '.join(OBSERVERS)}, got {observer!r}")
-        if ch_axis is not None and not self.per_channel:
+        check_observer(observer, self.symmetric)
+        if options.get("ch_axis") is not None and not self.per_channel:
             raise ValueError(
-                f"ch_axis: {type(self).__name__} has one scale for the whole tensor, got {ch_axis}"
+                f"ch_axis: {type(self).__name__} has one scale for the whole tensor, "
+                f"got {options['ch_axis']}"
             )
-        super().__init__(
-            check_bits("bits", bits),
-            signed=signed,
-            ch_axis=ch_axis,
-            channels=channels,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(check_bits("bits", bits), **options)
         self.observer = observer
         self.enabled = True
         self._observers: list[Observer] | None = None
-        self._check_observer()
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether it is one call of :func:`hqod_ops.fake_quant` on its input, which can take in an
+        :attr:`activation`."""
+        return self.plain and type(self).transform is Quantizer.transform
+
+    def onnx_problem(self, level: int = 0) -> str | None:
+        """Why ONNX's QuantizeLinear cannot express what a level does to inputs; None if it can."""
+        return None
+
+    def foreach_form(self, x: Tensor) -> ForeachForm | None:
+        """What quantizes x together with other tensors, in one call; None if x must be alone.
+
+        Args:
+            x (Tensor[*]): of the only level.
+
+        Raises:
+            RuntimeError: the quantizer was never calibrated.
+        """
+        if not self.plain:
+            return None
+        arguments = self.arguments()
+        return ForeachForm(
+            self.transform(x),
+            arguments["scale"],
+            arguments.get("zero_point"),
+            (arguments["quant_min"], arguments["quant_max"]),
+            arguments["ch_axis"],
+            arguments.get("grad_scale"),
+        )
 
     @abstractmethod
     def effective_scale(self, level: int = 0) -> Tensor:
@@ -128,9 +174,7 @@ class Quantizer(ScaleState, ABC):
         return None
 
     @abstractmethod
-    def _encode(
-        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
-    ) -> dict[str, Tensor]:
+    def _encode(self, scale: Tensor, zero_point: Tensor | None, codes: Sequence[Codes]) -> Values:
         """The values that give a scale and a zero point."""
 
     def arguments(self, level: int = 0) -> dict[str, Any]:
@@ -180,8 +224,8 @@ class Quantizer(ScaleState, ABC):
                 self._observe(x, self._observers)
             return x
         level = 0
-        if len(self._ranges) > 1:
-            level = self._calls.next_level(x.shape, len(self._ranges), self.label)
+        if len(self._codes) > 1:
+            level = self._calls.next_level(x.shape, len(self._codes), self.label)
         return self._quantize(x, level)
 
     def _quantize(self, x: Tensor, level: int) -> Tensor:
@@ -222,18 +266,18 @@ class Quantizer(ScaleState, ABC):
                 f"{self.label}: expected scales of shape {self._shape(len(signs))}, "
                 f"got {tuple(scale.shape)}"
             )
-        ranges = [code_range(self.bits, sign) for sign in signs]
-        self._check_zero_point(zero_point, scale, ranges)
+        codes = [code_range(self.bits, sign) for sign in signs]
+        self._check_zero_point(zero_point, scale, codes)
         like: Tensor = getattr(self, self.values[0])
         values = self._encode(
             scale.detach().to(like),
             None if zero_point is None else zero_point.detach().to(like),
-            ranges,
+            codes,
         )
-        self._set_values(values, ranges)
+        self._set_values(values, codes)
 
     def _check_zero_point(
-        self, zero_point: Tensor | None, scale: Tensor, ranges: Sequence[Codes]
+        self, zero_point: Tensor | None, scale: Tensor, codes: Sequence[Codes]
     ) -> None:
         if zero_point is None:
             return
@@ -244,8 +288,8 @@ class Quantizer(ScaleState, ABC):
                 f"{self.label}: zero_point: expected the shape of scale, {tuple(scale.shape)}, "
                 f"got {tuple(zero_point.shape)}"
             )
-        rows = zero_point.reshape(len(ranges), -1)
-        for row, (low, high) in zip(rows, ranges, strict=True):
+        rows = zero_point.reshape(len(codes), -1)
+        for row, (low, high) in zip(rows, codes, strict=True):
             if not bool(((row == row.round()) & (row >= low) & (row <= high)).all()):
                 raise ValueError(
                     f"{self.label}: zero_point: expected whole numbers in [{low}, {high}], "
@@ -276,12 +320,12 @@ class Quantizer(ScaleState, ABC):
             scale, [observer.signed for observer in observers], self._join(zeros) if zeros else None
         )
 
-    def _join(self, levels: Sequence[Tensor]) -> Tensor:
+    def _join(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors of single levels as one."""
-        joined = torch.stack(list(levels))
+        joined = torch.stack(list(tensors))
         if self.ch_axis is None:
             return joined.flatten()
-        return joined[0] if len(levels) == 1 else joined
+        return joined[0] if len(tensors) == 1 else joined
 
     def observed_state(self) -> list[dict[str, Any]]:
         """What was seen in calibration, one entry a level; to be sent to other processes."""
@@ -306,7 +350,7 @@ class Quantizer(ScaleState, ABC):
         self._calls.clear()
 
     def extra_repr(self) -> str:
-        codes = ", ".join(f"[{low}, {high}]" for low, high in dict.fromkeys(self._ranges))
+        codes = ", ".join(f"[{low}, {high}]" for low, high in dict.fromkeys(self._codes))
         return (
             f"bits={self.bits}, codes={codes or 'not calibrated'}, levels={self.levels}, "
             f"ch_axis={self.ch_axis}"
@@ -327,16 +371,9 @@ class Quantizer(ScaleState, ABC):
             widest = torch.full_like(widest, 2 / (high - low))
         return torch.where(scale > 0, scale, widest)
 
-    def _observed(self, x: Tensor) -> Tensor:
+    def _to_observe(self, x: Tensor) -> Tensor:
         """What calibration looks at."""
         return x
-
-    def _check_observer(self) -> None:
-        if not self.symmetric and not OBSERVERS[self.observer].asymmetric:
-            able = ", ".join(name for name, kind in OBSERVERS.items() if kind.asymmetric)
-            raise ValueError(
-                f"observer: expected one that finds a zero point, {able}, got {self.observer!r}"
-            )
 
     def _new_observer(self) -> Observer:
         return OBSERVERS[self.observer](
@@ -348,6 +385,6 @@ class Quantizer(ScaleState, ABC):
         if level == len(observers):
             observers.append(self._new_observer())
         try:
-            observers[level].observe(self._observed(x))
+            observers[level].observe(self._to_observe(x))
         except ValueError as error:
             raise ValueError(f"{self.label}: {error}") from None

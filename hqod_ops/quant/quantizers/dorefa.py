@@ -22,11 +22,7 @@ class DoReFa(FixedScale):
     (the paper leaves the first and the last layer in float).
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int),
-            observer (str), device, dtype: see :class:`Quantizer`.
-
-    Raises:
-        ValueError: bits is outside 2..8, or the observer is unknown.
+        bits (int), **options: see :class:`Quantizer`.
 
     Gradient: straight-through for the rounding, where the unclamped code is in range; the true
     derivative of v, its maximum included.
@@ -49,5 +45,5 @@ class DoReFa(FixedScale):
         squeezed = x.to(torch.promote_types(x.dtype, self.scale.dtype)).tanh()
         return squeezed / (squeezed.abs().amax() + GUARD) if x.numel() else squeezed
 
-    def _observed(self, x: Tensor) -> Tensor:
+    def _to_observe(self, x: Tensor) -> Tensor:
         return self.transform(x)

@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from hqod_ops.functional import fake_quant
-from hqod_ops.quant.quantizers.learned_scale import EPS, LinearScale, clamp_through
-from hqod_ops.quant.quantizers.state import Codes
+from hqod_ops.quant.quantizers.learned_scale import (
+    EPS,
+    LinearOptions,
+    LinearScale,
+    clamp_through,
+)
+from hqod_ops.quant.quantizers.state import Codes, Values
+from hqod_ops.quant.signatures import Unpack
 from hqod_ops.reference import lsq_grad_scale
 
 
@@ -27,8 +33,7 @@ class DSQ(LinearScale):
     intermediate results for the backward pass, where the other quantizers keep x alone.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int),
-            observer (str), device, dtype: see :class:`Quantizer`.
+        bits (int), **options: see :class:`Quantizer`.
         alpha (float): a at the start, in (0, 0.5]. Default: 0.4
         scale_mode (str): how s is kept positive, see :class:`LSQ`; the HQOD code also bounds it by
             1. Default: ``"abs"``
@@ -36,8 +41,7 @@ class DSQ(LinearScale):
             :func:`hqod_ops.fake_quant`; None is the HQOD code's. Default: ``"lsq"``
 
     Raises:
-        ValueError: bits is outside 2..8, alpha is out of range, or scale_mode or observer is
-            unknown.
+        ValueError: alpha is out of range, scale_mode is unknown, and as :class:`Quantizer`.
 
     Source: DSQ (arXiv:1908.05033), section 3.1, with the details of the HQOD code.
 
@@ -57,31 +61,8 @@ class DSQ(LinearScale):
     values = ("scale", "alpha")
     alpha: Tensor
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        channels: int = 1,
-        observer: str = "ema_mse",
-        alpha: float = 0.4,
-        scale_mode: str = "abs",
-        grad_scale: float | str | None = "lsq",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            bits,
-            signed=signed,
-            ch_axis=ch_axis,
-            channels=channels,
-            observer=observer,
-            scale_mode=scale_mode,
-            grad_scale=grad_scale,
-            device=device,
-            dtype=dtype,
-        )
+    def __init__(self, bits: int, *, alpha: float = 0.4, **options: Unpack[LinearOptions]) -> None:
+        super().__init__(bits, **options)
         if not 0 < alpha <= 0.5:
             raise ValueError(f"alpha: expected a value in (0, 0.5], got {alpha}")
         self.initial_alpha = alpha
@@ -103,11 +84,9 @@ class DSQ(LinearScale):
             return lsq_grad_scale(x.numel(), scale.numel(), quant_max)
         return 1.0 if self.grad_scale is None else self.grad_scale
 
-    def _encode(
-        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
-    ) -> dict[str, Tensor]:
+    def _encode(self, scale: Tensor, zero_point: Tensor | None, codes: Sequence[Codes]) -> Values:
         alpha = torch.full_like(scale, self.initial_alpha)
-        return {**super()._encode(scale, zero_point, ranges), "alpha": alpha}
+        return {**super()._encode(scale, zero_point, codes), "alpha": alpha}
 
 
 def _staircase(v: Tensor, alpha: Tensor) -> Tensor:

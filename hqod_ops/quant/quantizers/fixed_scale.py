@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hqod_ops.quant.quantizers.base import Quantizer
-from hqod_ops.quant.quantizers.state import Codes
+from hqod_ops.quant.quantizers.state import Codes, Values
 
 
 class FixedScale(Quantizer):
@@ -16,8 +16,7 @@ class FixedScale(Quantizer):
     The base of the plain straight-through quantizer, the frozen TQT and DoReFa.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int),
-            observer (str), device, dtype: see :class:`Quantizer`.
+        bits (int), **options: see :class:`Quantizer`.
     """
 
     trained = False
@@ -26,7 +25,5 @@ class FixedScale(Quantizer):
     def effective_scale(self, level: int = 0) -> Tensor:
         return self._value("scale", level)
 
-    def _encode(
-        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
-    ) -> dict[str, Tensor]:
+    def _encode(self, scale: Tensor, zero_point: Tensor | None, codes: Sequence[Codes]) -> Values:
         return {"scale": scale}

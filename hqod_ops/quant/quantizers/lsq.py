@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from hqod_ops.quant.quantizers.base import ForeachForm
 from hqod_ops.quant.quantizers.learned_scale import EPS, SCALE_MODES, LinearScale
 
 __all__ = ["EPS", "LSQ", "SCALE_MODES"]
@@ -25,13 +28,12 @@ class LSQ(LinearScale):
     - ``"raw"``: ``s = v``, nothing guarded.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int),
-            observer (str), device, dtype: see :class:`Quantizer`.
+        bits (int), **options: see :class:`Quantizer`.
         scale_mode (str): ``"abs"``, ``"clamp"``, ``"softplus"`` or ``"raw"``. Default: ``"abs"``
         grad_scale (float or str, optional): see :func:`hqod_ops.fake_quant`. Default: ``"lsq"``
 
     Raises:
-        ValueError: bits is outside 2..8, or scale_mode or observer is unknown.
+        ValueError: scale_mode is unknown, and as :class:`Quantizer`.
 
     Gradient: that of :func:`hqod_ops.fake_quant`.
 
@@ -45,3 +47,13 @@ class LSQ(LinearScale):
         >>> quantizer(torch.tensor([-1.2, -0.3, 0.26, 1.5])).tolist()
         [-0.800000011920929, -0.4000000059604645, 0.4000000059604645, 0.4000000059604645]
     """
+
+    def foreach_form(self, x: Tensor) -> ForeachForm | None:
+        if type(self) is not LSQ:
+            return super().foreach_form(x)  # what a subclass changes would be passed by
+        # The parameters of all tensors become scales at once.
+        back, scale = self.writes_back, self.get_parameter("scale")
+        mode = None if back else self.scale_mode
+        return ForeachForm(
+            x, scale, None, self.codes(), self.ch_axis, self.grad_scale, mode, written_back=back
+        )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hqod_ops.quant.quantizers.learned_scale import LinearScale, clamp_through
-from hqod_ops.quant.quantizers.state import Codes
+from hqod_ops.quant.quantizers.state import Codes, Values
 
 
 class LSQPlus(LinearScale):
@@ -20,16 +20,14 @@ class LSQPlus(LinearScale):
     point fits its integer type. Calibration spans the observed range with all codes.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int),
-            observer (str), device, dtype: see :class:`Quantizer`; the observer must find a zero
-            point, which ``"lsq"`` and the powers of two do not.
+        bits (int), **options: see :class:`Quantizer`; the observer must find a zero point, which
+            ``"lsq"`` and the powers of two do not.
         scale_mode (str): how s is kept positive, see :class:`LSQ`. Default: ``"abs"``
         grad_scale (float or str, optional): factor of the gradients of s and b, see
             :func:`hqod_ops.fake_quant`. Default: ``"lsq"``
 
     Raises:
-        ValueError: bits is outside 2..8, scale_mode or observer is unknown, or the observer finds
-            no zero point.
+        ValueError: scale_mode is unknown, and as :class:`Quantizer`.
 
     Gradient: that of the paper. With the unclamped code c and k = clamp(c, qmin, qmax): inside the
     range ``dx = dy``, ``ds = (k - z - x / s) dy``, ``db = 0``; outside ``dx = 0``,
@@ -63,8 +61,6 @@ class LSQPlus(LinearScale):
         arguments = super().arguments(level)
         return {**arguments, "zero_point": self._zero_point(arguments["scale"], level)}
 
-    def _encode(
-        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
-    ) -> dict[str, Tensor]:
+    def _encode(self, scale: Tensor, zero_point: Tensor | None, codes: Sequence[Codes]) -> Values:
         offset = scale * 0 if zero_point is None else -zero_point * scale
-        return {**super()._encode(scale, zero_point, ranges), "offset": offset}
+        return {**super()._encode(scale, zero_point, codes), "offset": offset}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from hqod_ops.quant.observers.registry import check_observer
 from hqod_ops.quant.quantizers.fixed_scale import FixedScale
-from hqod_ops.quant.quantizers.state import Codes
+from hqod_ops.quant.quantizers.state import Codes, StateOptions, Values
+from hqod_ops.quant.signatures import Unpack
 
 
 class MinMaxSTE(FixedScale):
@@ -19,15 +20,10 @@ class MinMaxSTE(FixedScale):
     those of the observer. The baseline that the quantizers with learned scales are measured by.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int), device, dtype:
-            see :class:`Quantizer`.
+        bits (int), **options: see :class:`Quantizer`.
         observer (str): see :class:`Quantizer`. Default: ``"minmax"``
         symmetric (bool): zero point 0; else the codes span the range from its least value to its
             greatest. Default: True
-
-    Raises:
-        ValueError: bits is outside 2..8, the observer is unknown or, for ``symmetric=False``, finds
-            no zero point.
 
     Gradient: ``dx = dy`` where the unclamped code is in range, else 0.
 
@@ -48,25 +44,13 @@ class MinMaxSTE(FixedScale):
         self,
         bits: int,
         *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        channels: int = 1,
         observer: str = "minmax",
         symmetric: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[StateOptions],
     ) -> None:
-        super().__init__(
-            bits,
-            signed=signed,
-            ch_axis=ch_axis,
-            channels=channels,
-            observer=observer,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(bits, observer=observer, **options)
+        check_observer(observer, symmetric)
         self.symmetric = symmetric
-        self._check_observer()
 
     def effective_zero_point(self, level: int = 0) -> Tensor | None:
         # Rounded, as fake_quant does: an average of models need not be whole.
@@ -75,9 +59,7 @@ class MinMaxSTE(FixedScale):
     def arguments(self, level: int = 0) -> dict[str, Any]:
         return {**super().arguments(level), "zero_point": self.effective_zero_point(level)}
 
-    def _encode(
-        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
-    ) -> dict[str, Tensor]:
+    def _encode(self, scale: Tensor, zero_point: Tensor | None, codes: Sequence[Codes]) -> Values:
         return {"scale": scale, "zero_point": scale * 0 if zero_point is None else zero_point}
 
     def extra_repr(self) -> str:

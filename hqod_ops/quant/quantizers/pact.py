@@ -8,17 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqod_ops.quant.quantizers.base import Quantizer
-from hqod_ops.quant.quantizers.learned_scale import (
-    check_scale_mode,
-    inverse_positive,
-    positive,
-    used,
-)
-from hqod_ops.quant.quantizers.state import Codes, per_level
+from hqod_ops.quant.quantizers.learned_scale import LearnedScale, inverse_positive
+from hqod_ops.quant.quantizers.state import Codes, Values, per_level
 
 
-class PACT(Quantizer):
+class PACT(LearnedScale):
     """Parameterized clipping activation: the end of an input's range is learned, for inputs alone.
 
     ``y = round(clip(x, 0, a) / s) * s`` with ``s = a / qmax`` for the learned a (``alpha``), the
@@ -28,13 +22,12 @@ class PACT(Quantizer):
     :func:`hqod_ops.quant.parameter_groups` switches off unless told otherwise).
 
     Args:
-        bits (int), signed (bool, optional), channels (int), observer (str), device, dtype: see
-            :class:`Quantizer`.
-        ch_axis (int, optional): None; PACT has one range for the whole tensor.
+        bits (int), **options: see :class:`Quantizer`; ch_axis must be None, PACT has one range for
+            the whole tensor.
         scale_mode (str): how a is kept positive, see :class:`LSQ`. Default: ``"abs"``
 
     Raises:
-        ValueError: bits is outside 2..8, scale_mode or observer is unknown, or ch_axis is given.
+        ValueError: scale_mode is unknown, and as :class:`Quantizer`.
 
     Gradient: ``dx = dy`` for ``0 <= x < a`` (signed: ``-a < x < a``), else 0; a gets the sum of dy
     over ``x >= a``, less that over ``x <= -a`` if signed.
@@ -58,37 +51,11 @@ class PACT(Quantizer):
     values = ("alpha",)
     alpha: Tensor
 
-    def __init__(
-        self,
-        bits: int,
-        *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        channels: int = 1,
-        observer: str = "ema_mse",
-        scale_mode: str = "abs",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            bits,
-            signed=signed,
-            ch_axis=ch_axis,
-            channels=channels,
-            observer=observer,
-            device=device,
-            dtype=dtype,
-        )
-        self.scale_mode = check_scale_mode(scale_mode)
-
     def effective_scale(self, level: int = 0) -> Tensor:
-        return positive(self._value("alpha", level), self.scale_mode) / self.codes(level)[1]
+        return self._positive("alpha", level) / self.codes(level)[1]
 
     def _used_scale(self, level: int) -> Tensor:
-        return self._used_alpha(level) / self.codes(level)[1]
-
-    def _used_alpha(self, level: int) -> Tensor:
-        return used(self, self._value("alpha", level), self.scale_mode)
+        return self._used("alpha", level) / self.codes(level)[1]
 
     def arguments(self, level: int = 0) -> dict[str, Any]:
         arguments = super().arguments(level)
@@ -96,7 +63,7 @@ class PACT(Quantizer):
         return {**arguments, "scale": arguments["scale"].detach()}
 
     def transform(self, x: Tensor, level: int = 0) -> Tensor:
-        alpha = self._used_alpha(level)
+        alpha = self._used("alpha", level)
         wide = x.to(torch.promote_types(x.dtype, alpha.dtype))
         if self.codes(level)[0] < 0:
             clipped = torch.where(wide <= -alpha, -alpha, wide)
@@ -104,11 +71,6 @@ class PACT(Quantizer):
             clipped = torch.where(wide < 0, torch.zeros_like(alpha), wide)
         return torch.where(wide >= alpha, alpha, clipped)
 
-    def _encode(
-        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
-    ) -> dict[str, Tensor]:
-        alpha = scale * per_level([high for _, high in ranges], scale)
+    def _encode(self, scale: Tensor, zero_point: Tensor | None, codes: Sequence[Codes]) -> Values:
+        alpha = scale * per_level([high for _, high in codes], scale)
         return {"alpha": inverse_positive(alpha, self.scale_mode)}
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale_mode={self.scale_mode!r}"

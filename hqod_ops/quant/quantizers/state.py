@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,18 @@ from hqod_ops.quant.quantizers.calls import CountsCalls
 UNCALIBRATED = (0, 0)
 Codes = tuple[int, int]
 """The smallest and the largest code."""
+Values = dict[str, Tensor]
+"""What is learned or found in calibration, by name."""
+
+
+class StateOptions(TypedDict, total=False):
+    """The options of all quantizers that say what their state is like; see :class:`Quantizer`."""
+
+    signed: bool | None
+    ch_axis: int | None
+    channels: int
+    device: torch.device | str | None
+    dtype: torch.dtype | None
 
 
 class ScaleState(CountsCalls):
@@ -28,8 +40,8 @@ class ScaleState(CountsCalls):
     state_dict takes over the number of levels, in the same parameter objects.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int),
-            device, dtype: see :class:`hqod_ops.quant.Quantizer`.
+        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int), device, dtype:
+            see :class:`hqod_ops.quant.Quantizer`.
     """
 
     values: ClassVar[tuple[str, ...]] = ("scale",)
@@ -42,17 +54,17 @@ class ScaleState(CountsCalls):
         self,
         bits: int,
         *,
-        signed: bool | None,
-        ch_axis: int | None,
-        channels: int,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        signed: bool | None = None,
+        ch_axis: int | None = None,
+        channels: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.bits, self.signed, self.ch_axis = bits, signed, ch_axis
         self.label = type(self).__name__
         self.register_buffer("code_range", torch.zeros(1, 2, device=device))
-        self._ranges: tuple[Codes, ...] = ()
+        self._codes: tuple[Codes, ...] = ()
         for name in self.values:
             value = torch.ones(1 if ch_axis is None else channels, device=device, dtype=dtype)
             if self.trained:
@@ -63,12 +75,12 @@ class ScaleState(CountsCalls):
     @property
     def calibrated(self) -> bool:
         """Whether the scale was set or loaded."""
-        return bool(self._ranges)
+        return bool(self._codes)
 
     @property
     def levels(self) -> int:
         """Number of scales (channels aside)."""
-        return max(len(self._ranges), 1)
+        return max(len(self._codes), 1)
 
     def codes(self, level: int = 0) -> Codes:
         """The smallest and the largest code of a level.
@@ -76,17 +88,17 @@ class ScaleState(CountsCalls):
         Raises:
             RuntimeError: the quantizer was never calibrated.
         """
-        if not self._ranges:
+        if not self._codes:
             raise RuntimeError(
                 f"{self.label}: the quantizer was never calibrated; run "
                 "hqod_ops.quant.calibrate(model, batches) or load a calibrated state_dict"
             )
-        return self._ranges[level]
+        return self._codes[level]
 
     def _value(self, name: str, level: int) -> Tensor:
         """A value of one level: Tensor[1] or Tensor[C]."""
         value: Tensor = getattr(self, name)
-        if len(self._ranges) <= 1:
+        if len(self._codes) <= 1:
             return value
         return value[level] if value.dim() > 1 else value[level : level + 1]
 
@@ -97,14 +109,14 @@ class ScaleState(CountsCalls):
             shape[self.ch_axis] = -1
         return value.view(shape)
 
-    def _set_values(self, values: dict[str, Tensor], ranges: Sequence[Codes]) -> None:
-        """Set all values, one level or several, with the codes' ranges of these levels."""
-        self._resize(next(iter(values.values())).shape, len(ranges))
+    def _set_values(self, values: Values, codes: Sequence[Codes]) -> None:
+        """Set all values, one level or several, with the codes of these levels."""
+        self._resize(next(iter(values.values())).shape, len(codes))
         with torch.no_grad():
             for name in self.values:
                 getattr(self, name).copy_(values[name])
-            self.code_range.copy_(torch.tensor(ranges))
-        self._ranges = tuple(ranges)
+            self.code_range.copy_(torch.tensor(codes))
+        self._codes = tuple(codes)
 
     def _resize(self, shape: Iterable[int], levels: int) -> None:
         for name in self.values:
@@ -128,16 +140,16 @@ class ScaleState(CountsCalls):
     ) -> None:
         names = (*self.values, "code_range")
         found = [name for name in names if prefix + name in state_dict]
-        ranges: tuple[Codes, ...] | None = None
+        codes: tuple[Codes, ...] | None = None
         if len(found) == len(names):
             table = state_dict[prefix + "code_range"].to(self.code_range.dtype).round()
             state_dict[prefix + "code_range"] = table
-            ranges = tuple((int(low), int(high)) for low, high in table.tolist())
-            problem = self._misfit({n: state_dict[prefix + n] for n in self.values}, ranges)
+            codes = tuple((int(low), int(high)) for low, high in table.tolist())
+            problem = self._misfit({n: state_dict[prefix + n] for n in self.values}, codes)
             if problem:
                 error_msgs.append(f"{prefix[:-1] or self.label}: {problem}")
                 return
-            self._resize(state_dict[prefix + names[0]].shape, len(ranges))
+            self._resize(state_dict[prefix + names[0]].shape, len(codes))
         elif found:
             error_msgs.append(
                 f"{prefix[:-1] or self.label}: expected all of the keys {', '.join(names)}, "
@@ -147,22 +159,22 @@ class ScaleState(CountsCalls):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if ranges is not None:
-            self._ranges = () if UNCALIBRATED in ranges else ranges
+        if codes is not None:
+            self._codes = () if UNCALIBRATED in codes else codes
 
-    def _misfit(self, values: dict[str, Tensor], ranges: tuple[Codes, ...]) -> str | None:
+    def _misfit(self, values: Values, codes: tuple[Codes, ...]) -> str | None:
         """Why a state does not fit this quantizer."""
         allowed = [
             code_range(self.bits, sign) for sign in (False, True) if self.signed in (None, sign)
         ]
-        for codes in ranges:
-            if codes not in (*allowed, UNCALIBRATED):
+        for found in codes:
+            if found not in (*allowed, UNCALIBRATED):
                 expected = " or ".join(f"[{low}, {high}]" for low, high in allowed)
                 return (
-                    f"code_range: expected {expected} ({self.bits} bits), got {list(codes)}; "
+                    f"code_range: expected {expected} ({self.bits} bits), got {list(found)}; "
                     "was the checkpoint made with another configuration?"
                 )
-        expected_shape = self._shape(len(ranges))
+        expected_shape = self._shape(len(codes))
         for name, value in values.items():
             if tuple(value.shape) != expected_shape:
                 return f"{name}: expected shape {expected_shape}, got {tuple(value.shape)}"

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hqod_ops.quant.quantizers.base import Quantizer
 from hqod_ops.quant.quantizers.fixed_scale import FixedScale
-from hqod_ops.quant.quantizers.state import Codes, per_level
+from hqod_ops.quant.quantizers.state import Codes, StateOptions, Values, per_level
+from hqod_ops.quant.signatures import Unpack
 
 
 def power_of_two(exponent: Tensor) -> Tensor:
@@ -40,9 +41,9 @@ def exact_log2(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(whole, exponent.to(x.dtype) - 1, x.log2()), whole
 
 
-def _range_exponents(ranges: Sequence[Codes]) -> list[int]:
+def _range_exponents(codes: Sequence[Codes]) -> list[int]:
     """log2(threshold / scale) of each level."""
-    return [(high + 1).bit_length() - 1 for _, high in ranges]
+    return [(high + 1).bit_length() - 1 for _, high in codes]
 
 
 class TQT(Quantizer):
@@ -58,15 +59,11 @@ class TQT(Quantizer):
     in the middle of its interval, where a step in either direction does not change the scale yet.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int), device, dtype:
-            see :class:`Quantizer`.
+        bits (int), **options: see :class:`Quantizer`.
         observer (str): see :class:`Quantizer`. Default: ``"power_of_two"``
         grad_scale (float or str, optional): factor of the gradient of t, see
             :func:`hqod_ops.fake_quant`; None is the paper's, which trains thresholds with Adam.
             Default: ``"lsq"``, for one optimizer such as SGD for weights and thresholds
-
-    Raises:
-        ValueError: bits is outside 2..8, or the observer is unknown.
 
     Gradient: with the unclamped code c: inside the range ``dx = dy``,
     ``dt = s ln(2) (c - x / s) dy``; outside ``dx = 0``, ``dt = s ln(2) qmin dy`` or
@@ -92,23 +89,11 @@ class TQT(Quantizer):
         self,
         bits: int,
         *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        channels: int = 1,
         observer: str = "power_of_two",
         grad_scale: float | str | None = "lsq",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[StateOptions],
     ) -> None:
-        super().__init__(
-            bits,
-            signed=signed,
-            ch_axis=ch_axis,
-            channels=channels,
-            observer=observer,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(bits, observer=observer, **options)
         self.grad_scale = grad_scale
 
     def effective_scale(self, level: int = 0) -> Tensor:
@@ -121,14 +106,12 @@ class TQT(Quantizer):
         # Exactly 1, with the derivative of 2^t over 2^t; NaN for a threshold that is not finite.
         return scale * (1 + math.log(2) * (threshold - threshold.detach()))
 
-    def _encode(
-        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
-    ) -> dict[str, Tensor]:
+    def _encode(self, scale: Tensor, zero_point: Tensor | None, codes: Sequence[Codes]) -> Values:
         exponent, whole = exact_log2(scale)
         return {
             "log2_threshold": exponent
             - 0.5 * whole.to(scale.dtype)
-            + per_level(_range_exponents(ranges), scale)
+            + per_level(_range_exponents(codes), scale)
         }
 
 
@@ -141,15 +124,11 @@ class TQTFrozen(FixedScale):
     cannot find and which would zero the tensor; that is left out.
 
     Args:
-        bits (int), signed (bool, optional), ch_axis (int, optional), channels (int), device, dtype:
-            see :class:`Quantizer`.
+        bits (int), **options: see :class:`Quantizer`.
         observer (str): see :class:`Quantizer`; official are ``"power_of_two"``, and for the input
             of the network ``"power_of_two_range"``. Default: ``"power_of_two"``
         official_ties (bool): round negative halves up, -1.5 to -1, as the official code does for
             layer inputs; ONNX rounds them to even, as is done here for weights. Default: False
-
-    Raises:
-        ValueError: bits is outside 2..8, or the observer is unknown.
 
     Gradient: ``dx = dy`` where the unclamped code is in range, else 0.
 
@@ -168,24 +147,20 @@ class TQTFrozen(FixedScale):
         self,
         bits: int,
         *,
-        signed: bool | None = None,
-        ch_axis: int | None = None,
-        channels: int = 1,
         observer: str = "power_of_two",
         official_ties: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        **options: Unpack[StateOptions],
     ) -> None:
-        super().__init__(
-            bits,
-            signed=signed,
-            ch_axis=ch_axis,
-            channels=channels,
-            observer=observer,
-            device=device,
-            dtype=dtype,
-        )
+        super().__init__(bits, observer=observer, **options)
         self.official_ties = official_ties
+
+    def onnx_problem(self, level: int = 0) -> str | None:
+        if not self.official_ties or self.codes(level)[0] >= 0:
+            return None
+        return (
+            "ONNX rounds halves to even, it cannot express official_ties, which rounds negative "
+            "ones up"
+        )
 
     def transform(self, x: Tensor, level: int = 0) -> Tensor:
         if not self.official_ties:
@@ -198,9 +173,7 @@ class TQTFrozen(FixedScale):
             nudge = torch.where(tie, scale / 4, torch.zeros_like(scale))
         return wide + nudge
 
-    def _encode(
-        self, scale: Tensor, zero_point: Tensor | None, ranges: Sequence[Codes]
-    ) -> dict[str, Tensor]:
+    def _encode(self, scale: Tensor, zero_point: Tensor | None, codes: Sequence[Codes]) -> Values:
         exponent, _ = exact_log2(scale)
         return {"scale": power_of_two(exponent.ceil()).to(scale.dtype)}
 

@@ -132,8 +132,8 @@ class TestPlacement:
             ("extra",): (("Net:relu#2",), "relu"),
             ("score", "box"): (("tower.1",), "relu6"),
         }
-        assert report.own == ("tower.0",)
-        assert report.left == {"stem": "they read an argument of Net"}
+        assert report.sole_readers == ("tower.0",)
+        assert report.not_placed == {"stem": "they read an argument of Net"}
         assert not report.untraced
         text = str(report)
         for piece in ("block1.relu#1", "relu6", "tower.0", "an argument of Net"):
@@ -195,8 +195,8 @@ class TestPlacement:
 
     def test_skip(self) -> None:
         model, report = made(skip=["block1.down", "tower.*"])
-        assert report.left["block1.conv1"] == report.left["block1.down"] == "asked for"
-        assert "tower.0" in report.left
+        assert report.not_placed["block1.conv1"] == report.not_placed["block1.down"] == "asked for"
+        assert "tower.0" in report.not_placed
         assert {"lateral"} <= {entry.readers[0] for entry in report.placed}
         assert model.block1.conv1.input_quantizer is not model.block1.down.input_quantizer  # type: ignore[union-attr]
 
@@ -341,7 +341,7 @@ class TestRunning:
 
 
 def left(model: nn.Module, config: QATConfig = CONFIG) -> dict[str, str]:
-    return dict(place_on_producers(prepare_qat(model, config)).left)
+    return dict(place_on_producers(prepare_qat(model, config)).not_placed)
 
 
 class Chain(nn.Module):

@@ -73,7 +73,7 @@ def test_absorbed_and_pair_are_equal(build: Any, absorbed: int, left: set[str]) 
         model = prepare_qat(copy.deepcopy(plain), "hqod_w4a4")
         report = place_on_producers(model, absorb_relu=absorb)
         assert sum(entry.absorbed is not None for entry in report.placed) == absorbed * absorb
-        assert set(report.left) == left
+        assert set(report.not_placed) == left
         calibrate(model, [detectors.batch(1)], progress=False)
         torch.manual_seed(0)
         losses = model.train()(*detectors.batch(0))

@@ -164,7 +164,9 @@ def test_network_of_faster_rcnn(tmp_path: Path) -> None:
     assert report.evaluator.startswith("onnxruntime") and report.steps <= 1
     shapes = [output.shape for output in run(report.path, *example)]
     assert shapes == [(1, 80), (1, 80, 4), (1, 6, 3), (1, 6, 12)]
-    with pytest.raises(ValueError, match="of a Faster R-CNN only 'raw' can be exported"):
+    with pytest.raises(
+        ValueError, match="of a FasterRCNN only 'raw' can be exported: which proposals"
+    ):
         detection_network(faster_rcnn(), "boxes")
 
 

@@ -133,7 +133,7 @@ def test_control_flow_on_data(tmp_path: Path) -> None:
         export_onnx(model, EXAMPLE, tmp_path / "m.onnx")
 
 
-@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+@pytest.mark.parametrize("missing", ["onnx", "onnx_ir", "onnxscript", "onnxruntime"])
 def test_missing_package_names_the_extra(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,7 +167,9 @@ def test_runtime_gives_the_outputs_of_the_model(exported: Exported) -> None:
 def test_nothing_of_the_trace_is_left(exported: Exported) -> None:
     text = str(exported.file.graph.node) + str(exported.file.metadata_props)
     assert "hqod" not in text and "/python" not in text
-    assert not any(node.metadata_props for node in exported.file.graph.node)
+    graph = exported.file.graph
+    entries = [*graph.node, *graph.initializer, *graph.value_info, *graph.input, *graph.output]
+    assert not any(entry.metadata_props or entry.doc_string for entry in entries)
 
 
 class Shared(nn.Module):
@@ -282,59 +284,62 @@ class Lowering(NamedTuple):
 @pytest.fixture(scope="module")
 def lowering() -> Lowering:
     """An export up to its verification."""
+    from hqod_ops.quant.export.inventory import Inventory
     from hqod_ops.quant.export.lowering import lower
     from hqod_ops.quant.export.record import read_grids, record
     from hqod_ops.quant.export.trace import trace
 
     # ONNX's reference evaluator cannot run a transposed convolution in groups.
     model = prepared(4, network(groups=1)).eval()
-    recording = record(model, (EXAMPLE,))
-    grids = read_grids(model, recording, 21)
-    lowered = lower(trace(copy.deepcopy(model), (EXAMPLE,), grids), grids)
-    name = lowered.model.graph.input[0].name
+    inventory = Inventory(model)
+    recording = record(inventory, (EXAMPLE,))
+    grids = read_grids(inventory, recording, 21)
+    lowered = lower(trace(inventory, (EXAMPLE,), grids), grids)
+    name = lowered.model.graph.inputs[0].name
     return Lowering(lowered, recording, {name: EXAMPLE.numpy()})
 
 
 def verify(lowering: Lowering, change: Callable[[Any], None] | None = None) -> Any:
+    from hqod_ops.quant.export.evaluate import to_bytes
     from hqod_ops.quant.export.verify import verify
 
-    lowered = copy.deepcopy(lowering.lowered)
+    lowered = dataclasses.replace(lowering.lowered, model=lowering.lowered.model.clone())
     if change is not None:
-        change(lowered.model)
-    file = lowered.model.SerializeToString()
-    return verify(lowered, file, lowering.recording, lowering.feeds, max_steps=1)
+        change(lowered.model.graph)
+    return verify(lowered, to_bytes(lowered.model), lowering.recording, lowering.feeds, max_steps=1)
 
 
-def set_constant(model: Any, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    from onnx import numpy_helper
+def set_constant(graph: Any, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    import onnx_ir as ir
 
-    entry = next(entry for entry in model.graph.initializer if entry.name == name)
-    value = numpy_helper.to_array(entry)
-    entry.CopyFrom(numpy_helper.from_array(np.asarray(change(value), value.dtype), name))
-
-
-def other_epsilon(model: Any) -> None:
-    node = next(node for node in model.graph.node if node.op_type == "BatchNormalization")
-    next(a for a in node.attribute if a.name == "epsilon").f = 0.2
+    value = graph.initializers[name].const_value.numpy()
+    graph.initializers[name].const_value = ir.tensor(np.asarray(change(value), value.dtype))
 
 
-def one_code(model: Any) -> None:
+def other_epsilon(graph: Any) -> None:
+    import onnx_ir as ir
+
+    node = next(node for node in graph if node.op_type == "BatchNormalization")
+    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.2)
+
+
+def one_code(graph: Any) -> None:
     def change(codes: np.ndarray) -> np.ndarray:
         codes = codes.copy()
         codes.flat[0] = 3 if codes.flat[0] != 3 else 2
         return codes
 
-    set_constant(model, "3.weight.codes", change)
+    set_constant(graph, "3.weight.codes", change)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (one_code, r"3\.weight_quantizer: the file has another codes"),
-        (lambda m: set_constant(m, "3.input.scale", lambda s: s * 1.0001), "another scale"),
-        (lambda m: set_constant(m, "11.input.zero_point", lambda z: z + 1), "another zero_point"),
-        (lambda m: set_constant(m, "0.bias", lambda b: b + 0.05), r"3\.input_quantizer: .* codes"),
-        (lambda m: set_constant(m, "11.bias", lambda b: b + 0.05), "output .* differ by"),
+        (lambda g: set_constant(g, "3.input.scale", lambda s: s * 1.0001), "another scale"),
+        (lambda g: set_constant(g, "11.input.zero_point", lambda z: z + 1), "another zero_point"),
+        (lambda g: set_constant(g, "0.bias", lambda b: b + 0.05), r"3\.input_quantizer: .* codes"),
+        (lambda g: set_constant(g, "11.bias", lambda b: b + 0.05), "output .* differ by"),
         (other_epsilon, r"3\.input_quantizer: .* codes"),
     ],
     ids=["code", "scale", "zero point", "bias", "last bias", "epsilon"],

@@ -35,13 +35,13 @@ values = st.floats(-1e6, 1e6, width=32)
 def test_every_value_is_in_its_bin(lists: list[list[float]]) -> None:
     batches = [torch.tensor(entries)[None] for entries in lists]
     histogram, x = filled(batches), torch.cat(batches, dim=1).double()
-    edges, largest = histogram.edges(), x.abs().max()
+    borders, largest = histogram.borders(), x.abs().max()
     assert histogram.counts.sum() == x.numel()
     if largest > 0:
         # At most twice the range that is needed, and the largest value within it.
-        assert largest < edges[0, -1] <= 2 * largest
+        assert largest < borders[0, -1] <= 2 * largest
     for index in range(histogram.bins):
-        inside = (x >= edges[0, index]) & (x < edges[0, index + 1])
+        inside = (x >= borders[0, index]) & (x < borders[0, index + 1])
         assert histogram.counts[0, index] == inside.sum()
         torch.testing.assert_close(histogram.sums[0, index], x[inside].sum())
 

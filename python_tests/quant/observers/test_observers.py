@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -21,6 +22,7 @@ from hqod_ops.quant.observers import (
     code_range,
     scale_for_range,
 )
+from hqod_ops.testing.quantizers import OBSERVER_CASES, ObserverCase
 
 
 @pytest.mark.parametrize(
@@ -215,13 +217,23 @@ def test_bad_settings_of_the_search() -> None:
         EMAMinMax(4, momentum=-0.1)
     with pytest.raises(ValueError, match="steps"):
         EMAMSE(4, steps=101)
-    for name, kind in OBSERVERS.items():
-        if kind.asymmetric:
+
+
+def test_registry() -> None:
+    assert [case.name for case in OBSERVER_CASES] == list(OBSERVERS)
+    for case in OBSERVER_CASES:
+        kind = OBSERVERS[case.name]
+        assert kind.asymmetric == case.asymmetric
+        if case.asymmetric:
             assert not kind(4, symmetric=False).symmetric
         else:
             with pytest.raises(ValueError, match="symmetric"):
                 kind(4, symmetric=False)
-        assert name in ("lsq", "power_of_two", "power_of_two_range") or kind.asymmetric
+        shown = inspect.signature(kind).parameters
+        assert {name: p.default for name, p in shown.items() if name != "bits"} == kind.defaults()
+        assert {"signed", "ch_axis", "symmetric"} <= set(shown)
+        with pytest.raises(TypeError, match="'step'"):
+            kind(4, step=3)
 
 
 def test_scale_for_range_takes_in_zero() -> None:
@@ -240,11 +252,11 @@ def test_affine_for_range() -> None:
         assert zero.tolist() == [5 + shift, 15 + shift, 0 + shift, 0]
 
 
-@pytest.mark.parametrize("name", OBSERVERS)
+@pytest.mark.parametrize("case", OBSERVER_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_merging_is_seeing_it_all(name: str, symmetric: bool) -> None:
-    kind = OBSERVERS[name]
-    if not symmetric and not kind.asymmetric:
+def test_merging_is_seeing_it_all(case: ObserverCase, symmetric: bool) -> None:
+    kind = OBSERVERS[case.name]
+    if not symmetric and not case.asymmetric:
         return
     torch.manual_seed(3)
     # The sign shows in one half of the data alone; the halves differ in size of the values.
@@ -263,7 +275,7 @@ def test_merging_is_seeing_it_all(name: str, symmetric: bool) -> None:
     assert all(torch.equal(scale, scales[0]) for scale in scales)
     zeros = [observer.zero_point() for observer in observers]
     assert (zeros[0] is None) == symmetric
-    if name.startswith("ema_"):
+    if case.averages:
         # A moving average has an order: merged it is the mean of both, as of 2 batches each.
         alone = [kind(4, signed=True, symmetric=symmetric) for _ in halves]
         for observer, batches in zip(alone, halves, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hqod_ops.quant.observers import OBSERVERS, code_range
 from hqod_ops.quant.quantizers.base import Quantizer
-from hqod_ops.quant.quantizers.registry import QUANTIZERS
+from hqod_ops.quant.quantizers.registry import QUANTIZERS, own_options
 from hqod_ops.testing.quantizers import CASES, Call, Case
 
 CHANNELS = 3
@@ -113,7 +115,7 @@ def test_results_are_codes(case: Case, bits: int) -> None:
 
 @every
 def test_channels_do_not_mix(case: Case) -> None:
-    if not case.per_channel or case.name == "dorefa":  # its maximum is the whole tensor's
+    if not case.per_channel or case.squeezed:
         return
     for axis in (1, -3):
         quantizer, x = made(case, axis=axis), data()
@@ -290,7 +292,7 @@ def test_every_observer_calibrates(case: Case, observer: str, axis: int | None) 
         quantizer.stop_observing()
         assert observed is not None
         quantizer.set_scale(*observed)
-        target = quantizer.transform(x) if case.name == "dorefa" else x
+        target = quantizer.transform(x) if case.squeezed else x
         # 8 bits, but LSQ's initial scale clips, the more so rounded up to a power of two.
         assert (quantizer(x) - target).norm() < 0.08 * target.norm()
 
@@ -352,8 +354,7 @@ def test_on_the_meta_device(case: Case) -> None:
 def test_what_is_trained_and_what_is_not(case: Case) -> None:
     """A scale far too large is trained towards a smaller error; a fixed one stays."""
     quantizer, x = build(case), data()
-    # PACT's learns from what it clips: it starts too small.
-    quantizer.set_scale(torch.tensor([0.04 if case.name == "pact" else 1.5]), True)
+    quantizer.set_scale(torch.tensor([case.start]), True)
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
 
     def error() -> Tensor:
@@ -362,7 +363,7 @@ def test_what_is_trained_and_what_is_not(case: Case) -> None:
     start = error().item()
     parameters = list(quantizer.parameters())
     if not parameters:
-        assert case.name in ("tqt_frozen", "dorefa", "minmax")
+        assert not quantizer.trained
         assert quantizer(x.requires_grad_()).requires_grad
         return
     optimizer = torch.optim.Adam(parameters, lr=0.05)
@@ -373,6 +374,44 @@ def test_what_is_trained_and_what_is_not(case: Case) -> None:
     assert error().item() < 0.4 * start
     assert all(not torch.equal(before[n], p) for n, p in quantizer.named_parameters())
     assert torch.equal(before["code_range"], quantizer.code_range)
+
+
+@every
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_takes_in_an_activation_where_it_says_so(case: Case, activation: str) -> None:
+    quantizer, x, dy = made(case), data() * 8, data(seed=2)
+    if not quantizer.absorbs:
+        return
+    wanted = step(
+        lambda leaf: quantizer(getattr(torch.nn.functional, activation)(leaf)), quantizer, x, dy
+    )
+    quantizer.activation = activation
+    for got, want in zip(step(quantizer, quantizer, x, dy), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@every
+def test_says_its_arguments(case: Case) -> None:
+    """A class takes its own arguments and those of its bases, shows them all, and no other."""
+    kind = QUANTIZERS[case.name]
+    shown = inspect.signature(kind).parameters
+    defaults = {name: p.default for name, p in shown.items() if name != "bits"}
+    assert next(iter(shown)) == "bits" and defaults == kind.defaults()
+    assert {"signed", "ch_axis", "channels", "observer", "device", "dtype"} <= set(defaults)
+    assert set(case.options) <= set(own_options(case.name)) <= set(defaults)
+    assert repr(kind(4, **defaults)) == repr(kind(4))
+    with pytest.raises(TypeError, match="'alfa'"):
+        kind(4, alfa=0.5)
+    # Of an object it is what its call takes.
+    assert "bits" not in inspect.signature(kind(4)).parameters
+
+
+@every
+def test_a_pickle_is_equal(case: Case) -> None:
+    quantizer = leveled(case, 3, None)
+    other = pickle.loads(pickle.dumps(quantizer))
+    assert repr(other) == repr(quantizer)
+    assert_same(results(other), results(quantizer))
 
 
 def test_registry() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hqod_ops import fake_quant
+from hqod_ops import fake_quant, fake_quant_foreach
 from hqod_ops.quant import (
     LSQ,
     QUANTIZERS,
@@ -305,3 +305,20 @@ def test_compiles_without_a_break(mode: str) -> None:
         run(q), run(torch.compile(q, fullgraph=True, backend="aot_eager")), strict=True
     ):
         torch.testing.assert_close(eager, compiled)
+
+
+def test_what_a_subclass_changes_is_not_passed_by() -> None:
+    """LSQ's own short cuts, for weights together and for activations, are not a subclass's."""
+
+    class Halved(LSQ):
+        def transform(self, x: Tensor, level: int = 0) -> Tensor:
+            return x / 2
+
+    quantizer, x = Halved(4), torch.linspace(-2, 2, 33)
+    quantizer.set_scale(torch.tensor([0.1]), signed=True)
+    form = quantizer.foreach_form(x)
+    assert form is not None and form.scale_mode is None and not quantizer.absorbs
+    low, high = form.codes
+    (y,) = fake_quant_foreach([form.x], [form.scale], None, quant_min=[low], quant_max=[high])
+    assert torch.equal(y, quantizer(x))
+    assert LSQ(4).absorbs

@@ -1,0 +1,142 @@
+"""From the settings of a run to its detector: built, loaded, quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from hqod_ops.detection.data import DetectionDataset
+from hqod_ops.detection.models.atss import ATSS
+from hqod_ops.detection.models.detector import Detector
+from hqod_ops.quant import calibrate, prepare_qat, use_level_batch_norm
+from hqod_ops.training import ConfigError
+from hqod_ops.training.batch import batch_images
+from hqod_ops.training.data import check_categories
+from hqod_ops.training.files import read_checkpoint
+from hqod_ops.training.reading import from_dict
+from hqod_ops.training.settings import RunConfig
+
+
+def _atss(config: RunConfig, num_classes: int) -> ATSS:
+    model = ATSS(config.model, num_classes, config.loss, config.test)
+    if config.model.level_norms:
+        if config.model.head_depth == 0:
+            raise ValueError("level_norms: expected a head_depth of at least 1, got 0")
+        use_level_batch_norm(model.network, "head.*_tower.*", config.model.levels)
+    return model
+
+
+MODELS: Mapping[str, Callable[[RunConfig, int], Detector]] = {"atss": _atss}
+"""The kinds of detectors, by the setting ``model.kind``."""
+
+
+def build_model(config: RunConfig, num_classes: int) -> Detector:
+    """An untrained float detector.
+
+    Raises:
+        ConfigError: there is no such model, or its settings do not fit together.
+    """
+    if config.model.kind not in MODELS:
+        kinds = ", ".join(map(repr, MODELS))
+        raise ConfigError(f"model.kind: expected one of {kinds}, got {config.model.kind!r}")
+    try:
+        return MODELS[config.model.kind](config, num_classes)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from None
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is CUDA where there is one.
+
+    Raises:
+        ConfigError: the name is unknown or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise ConfigError(f"device: cannot use {name!r}: {first}") from None
+    if device.type == "meta":
+        raise ConfigError(f"device: cannot use {name!r}: it computes no values")
+    return device
+
+
+def quantize(model: Detector, config: RunConfig) -> None:
+    """Put quantizers into a detector's network, in place; their scales are still to be set.
+
+    Raises:
+        ConfigError: the settings do not fit the network.
+    """
+    # What must see the network run, such as the folding of norms, needs no values for that.
+    device = next(model.parameters()).device
+    example = torch.zeros(1, 3, 2 * model.stride, 2 * model.stride, device=device)
+    try:
+        prepare_qat(model.network, config.quant, example=example)
+    except ValueError as error:
+        raise ConfigError(f"quant.{error}") from None
+
+
+def set_scales(model: Detector, dataset: DetectionDataset, config: RunConfig) -> None:
+    """The first scales of a quantized detector, from training images drawn by the run's seed.
+
+    Files are often sorted by what is in them, so the first ones are no sample.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(dataset), generator=generator)[: config.data.calibration_images]
+    batches = (  # one in memory at a time
+        batch_images([dataset[i][0] for i in indices.tolist()], device, model.stride)
+        for indices in order.split(config.schedule.batch_size)
+    )
+    calibrate(model.network, batches, progress=False)
+
+
+def load_float(model: Detector, config: RunConfig, categories: Sequence[str]) -> None:
+    """The weights of the float model that a run starts from.
+
+    Args:
+        model (Detector): a float model; changed in place.
+        config (RunConfig): its ``init`` names the checkpoint.
+        categories (sequence of str): names of the classes, by label.
+
+    Raises:
+        ConfigError: the checkpoint is that of a quantized model, of other classes or of another
+            network.
+    """
+    state = read_checkpoint(config.init)
+    if from_dict(state["config"]).quantized:
+        raise ConfigError(f"init: expected the checkpoint of a float model, got {config.init}")
+    check_categories("init", "of the data", categories, state["categories"])
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError:
+        raise ConfigError(
+            f"init: the network of {config.init} differs from that of this run's settings"
+        ) from None
+
+
+def load_detector(path: str | Path) -> tuple[Detector, RunConfig, list[str]]:
+    """A trained detector.
+
+    Args:
+        path (str or Path): a checkpoint, or the directory of a run.
+
+    Returns:
+        tuple: the detector in eval mode on the CPU, the configuration of its run, and the names of
+        its classes.
+
+    Raises:
+        ConfigError: no checkpoint of a run.
+    """
+    state = read_checkpoint(path)
+    config = from_dict(state["config"])
+    model = build_model(config, len(state["categories"]))
+    if config.quantized:
+        quantize(model, config)
+    model.load_state_dict(state["model"])
+    return model.eval(), config, state["categories"]

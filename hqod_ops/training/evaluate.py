@@ -1,0 +1,83 @@
+"""Detections of a data set, and what they are worth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hqod_ops.detection.data import DetectionDataset, collate
+from hqod_ops.detection.data.dataset import Target
+from hqod_ops.detection.evaluation import coco_results, evaluate_coco
+from hqod_ops.detection.harmony import HarmonyReport, harmony_report
+from hqod_ops.detection.models.detector import Detections, Detector
+from hqod_ops.training.batch import batch_images
+from hqod_ops.training.progress import progress_bar
+
+_EVALUATION_BATCH = 64
+
+
+@torch.no_grad()
+def predict(
+    model: Detector,
+    dataset: Dataset[tuple[Tensor, Target]],
+    *,
+    workers: int = 0,
+    progress: bool = True,
+) -> tuple[list[Detections], list[Target]]:
+    """Detections on every image of a data set.
+
+    Args:
+        model (Detector): the detector; it is put into eval mode.
+        dataset (Dataset): images with targets, as a :class:`DetectionDataset` has them.
+        workers (int): processes that load images. Default: 0
+        progress (bool): show a progress bar where the output is a terminal. Default: True
+
+    Returns:
+        tuple: detections and targets of every image, in pixels of the network's input, on the CPU.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    loader = DataLoader(
+        dataset, batch_size=_EVALUATION_BATCH, num_workers=workers, collate_fn=collate
+    )
+    outputs: list[Detections] = []
+    truth: list[Target] = []
+    with progress_bar("evaluate", len(loader), enabled=progress) as advance:
+        for images, targets in loader:
+            found = model.detect(batch_images(images, device, model.stride))
+            outputs += [_on_cpu(entry, image) for entry, image in zip(found, images, strict=True)]
+            truth += targets
+            advance("")
+    return outputs, truth
+
+
+def _on_cpu(found: Detections, image: Tensor) -> Detections:
+    """Detections cut at the border of their image, which may be smaller than its batch."""
+    limit = torch.tensor([image.shape[2], image.shape[1]] * 2, dtype=torch.float32)
+    return {
+        "boxes": torch.minimum(found["boxes"].cpu(), limit),
+        "scores": found["scores"].cpu(),
+        "labels": found["labels"].cpu(),
+    }
+
+
+def evaluate(
+    model: Detector, dataset: DetectionDataset, *, workers: int = 0, progress: bool = True
+) -> tuple[dict[str, float], HarmonyReport]:
+    """COCO's metrics and the agreement of scores and IoUs.
+
+    Args:
+        model (Detector): the detector.
+        dataset (DetectionDataset): images with ground truth.
+        workers (int): processes that load images. Default: 0
+        progress (bool): show a progress bar where the output is a terminal. Default: True
+
+    Returns:
+        tuple: the metrics of :func:`hqod_ops.detection.evaluation.evaluate_coco` with those of the
+        harmony report, and that report.
+    """
+    outputs, targets = predict(model, dataset, workers=workers, progress=progress)
+    metrics = evaluate_coco(dataset.coco_ground_truth, coco_results(outputs, targets))
+    harmony = harmony_report(outputs, targets)
+    return {**metrics, **harmony.as_dict()}, harmony

@@ -1,0 +1,87 @@
+"""What a run leaves in its directory, and how it is read again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hqod_ops.training import ConfigError
+from hqod_ops.training.reading import current, from_dict, read, to_dict
+
+CONFIG = "config.json"
+LOG = "log.jsonl"
+CHECKPOINT = "last.pt"
+HARMONY = "harmony.npz"
+RESULT = "result.json"
+FORMAT = 1
+"""Of the checkpoints."""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint written by :class:`hqod_ops.training.trainer.Trainer`.
+
+    Args:
+        path (str or Path): the file, or the directory of a run.
+
+    Raises:
+        ConfigError: there is none, or it is not a checkpoint of a run.
+    """
+    path = Path(path)
+    path = path / CHECKPOINT if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError(f"{path}: expected a checkpoint, found no such file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first = str(error).partition("\n")[0]
+        raise ConfigError(f"{path}: not a readable checkpoint: {first}") from None
+    known = isinstance(state, dict) and state.get("format") == FORMAT
+    if not known or not isinstance(state.get("config"), dict):
+        raise ConfigError(f"{path}: expected a checkpoint written by hqod train")
+    return {**state, "config": current(state["config"])}
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether a run has its result."""
+    return (directory / RESULT).is_file()
+
+
+def saved_settings(directory: Path) -> dict[str, Any]:
+    """The settings of a run that was started, as plain data.
+
+    They are those of its checkpoint, or of its ``config.json`` if it was stopped before the first.
+
+    Raises:
+        ConfigError: no run was started there, or its file is broken.
+    """
+    if (directory / CHECKPOINT).is_file():
+        return dict(read_checkpoint(directory)["config"])
+    if (directory / CONFIG).is_file():
+        return read(directory / CONFIG)
+    raise ConfigError(
+        f"{directory}: expected a run to resume, found neither {CHECKPOINT} nor {CONFIG}"
+    )
+
+
+def read_result(directory: str | Path) -> dict[str, Any]:
+    """The result of a finished run, with its settings under ``"config"``.
+
+    Args:
+        directory (str or Path): directory of the run.
+
+    Raises:
+        ConfigError: it holds no finished run.
+    """
+    directory = Path(directory)
+    try:
+        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename}: expected the directory of a finished run ({error.strerror})"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{directory}: broken result: {error}") from None
+    return {**result, "config": to_dict(from_dict(read(directory / CONFIG)))}
