@@ -1,14 +1,19 @@
-"""Where Transformers' DETR models compute their losses."""
+"""What is known of Transformers' DETR models: their losses, their edge layers, what exports.
+
+Raw are class logits Tensor[B, A, classes] and boxes Tensor[B, A, 4] as fractions of the images'
+size, centre and size. The score of "no object", the last class of a DETR, is left out.
+"""
 
 from __future__ import annotations
 
 import inspect
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hqod_ops.integrations.harmonize import (
     KEY,
@@ -21,6 +26,7 @@ from hqod_ops.integrations.harmonize import (
     gone,
     wide,
 )
+from hqod_ops.quant.adapters import Adapter, DetectorNetwork
 
 TESTED = "5.24"
 
@@ -175,16 +181,62 @@ class _Criterion(Hook):
         softmax = _SOFTMAX[self._hqod_base.__name__]
         scores = logits.softmax(1) if softmax else logits
         return self._hqod_terms(
-            self._pixels(wide(predicted[image, query])),
-            self._pixels(wide(boxes)),
+            _corners(wide(predicted[image, query]), *self.__dict__["_hqod_size"]),
+            _corners(wide(boxes), *self.__dict__["_hqod_size"]),
             scores.gather(1, labels[:, None])[:, 0],
             num_boxes,
             logits=not softmax,
         )
 
-    def _pixels(self, boxes: Tensor) -> Tensor:
-        """Corners from centres and sizes."""
-        height, width = self.__dict__["_hqod_size"]
-        centre, half = boxes[:, :2], boxes[:, 2:] / 2
-        scale = boxes.new_tensor([width, height, width, height])
-        return torch.cat([centre - half, centre + half], 1) * scale
+
+class Network(DetectorNetwork):
+    """The whole detector; there is nothing to select behind it."""
+
+    def __init__(self, model: Any, outputs: str = "raw") -> None:
+        # Its layers go by the names that they have there.
+        self.parts = tuple(name for name, _ in model.named_children())  # type: ignore[misc]
+        super().__init__(model, outputs)
+        self._detector = [model]  # in a list: its layers are not to be registered a second time
+        self._softmax = type(model).__name__ == "DetrForObjectDetection"
+
+    def predict(self, images: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        found = self._detector[0](images)
+        return (found.logits, found.pred_boxes), None
+
+    def decode(
+        self, images: Tensor, features: Any, raw: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        logits, boxes = raw
+        scores = logits.softmax(-1)[..., :-1] if self._softmax else logits.sigmoid()
+        return _corners(boxes, images.shape[-2], images.shape[-1]), scores
+
+
+def _corners(boxes: Tensor, height: int, width: int) -> Tensor:
+    """In pixels, from centres and sizes as fractions."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    scale = boxes.new_tensor([width, height, width, height])
+    return torch.cat([centre - half, centre + half], -1) * scale
+
+
+_CLASSES = ("class_labels_classifier", "class_embed", "enc_score_head")
+_BOXES = ("bbox_predictor", "bbox_embed", "enc_bbox_head", "pre_bbox_head", "reg_conf")
+
+
+class DETRAdapter(Adapter):
+    """The first convolution, and the last layers of what predicts classes, boxes and quality."""
+
+    network = Network
+
+    def first(self, model: nn.Module, layers: Sequence[str]) -> Sequence[str]:
+        return layers[:1]
+
+    def prediction(self, model: nn.Module, layers: Sequence[str]) -> Sequence[str]:
+        last = {name.rpartition(".")[0]: name for name in layers if ".layers." in name}
+        boxes = [name for stem, name in last.items() if set(_BOXES) & set(stem.split("."))]
+        classes = [name for name in layers if set(_CLASSES) & set(name.split("."))]
+        return classes + boxes
+
+
+_MODELS = ("Detr", "DeformableDetr", "RTDetr", "RTDetrV2", "DFine")
+ADAPTERS = dict.fromkeys((f"{name}ForObjectDetection" for name in _MODELS), DETRAdapter())
+"""By class name."""

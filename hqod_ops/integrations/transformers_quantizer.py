@@ -86,7 +86,7 @@ def declare_quantizers(model: _Model, config: QATConfig | str) -> _Model:
 
     Args:
         model (PreTrainedModel): a model that was given to :func:`hqod_ops.quant.prepare_qat`.
-        config (QATConfig or str): with this configuration, which must name the edge layers itself.
+        config (QATConfig or str): with this configuration.
 
     Returns:
         PreTrainedModel: the same object. ``Trainer`` and its checkpoints work as they do for any
@@ -96,10 +96,10 @@ def declare_quantizers(model: _Model, config: QATConfig | str) -> _Model:
         ValueError: the model has no quantizers.
 
     Example:
-        >>> from hqod_ops.quant import QATConfig, calibrate, prepare_qat
+        >>> from hqod_ops.quant import prepare_qat
         >>> from hqod_ops.integrations.transformers_quantizer import declare_quantizers
-        >>> config = QATConfig(first="model.backbone.*embedder*", prediction="*_predictor.*")
-        >>> model = declare_quantizers(prepare_qat(model, config), config)  # doctest: +SKIP
+        >>> model = prepare_qat(model, "hqod_w4a4")  # doctest: +SKIP
+        >>> model = declare_quantizers(model, "hqod_w4a4")  # doctest: +SKIP
         >>> model.save_pretrained("detr-w4a4")  # doctest: +SKIP
     """
     if not any(isinstance(module, QATLayer) for module in model.modules()):

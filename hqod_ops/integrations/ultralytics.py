@@ -1,4 +1,7 @@
-"""Where Ultralytics' YOLO models compute their losses.
+"""What is known of Ultralytics' YOLO models: their losses, their edge layers, what exports.
+
+Raw are class logits Tensor[B, A, classes] and, for the four sides, distances or the logits of their
+distribution, Tensor[B, A, 4 or 64]. Segmentation and pose models are exported as detectors.
 
 Ultralytics is under AGPL-3.0, or a licence of its own: see what that means for what you ship. This
 package contains none of it and needs it only where a user gives one of its models.
@@ -7,8 +10,10 @@ package contains none of it and needs it only where a user gives one of its mode
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,8 +29,8 @@ from hqod_ops.integrations.harmonize import (
     recorded,
     wide,
 )
-from hqod_ops.quant import QATLayer
-from hqod_ops.quant.config.plan import float_layers
+from hqod_ops.quant.adapters import Adapter, DetectorNetwork
+from hqod_ops.quant.nn.layers import QATLayer
 
 TESTED = "8.4.190"
 
@@ -88,22 +93,50 @@ def keep_unfused(model: nn.Module) -> None:
         add_hook(model, _Unfused, Terms())
 
 
-def has_distribution(model: Any) -> bool:
-    """Whether the head predicts a side of a box as a distribution."""
-    reg_max: int = model.model[-1].reg_max
-    return reg_max > 1
+class Network(DetectorNetwork):
+    """The detector up to the decoded boxes, of the head that it uses in evaluation."""
+
+    parts = ("model",)
+    model: Any
+
+    def __init__(self, model: Any, outputs: str = "raw") -> None:
+        super().__init__(model, outputs)
+        self._detector = [model]  # in a list: its layers are not to be registered a second time
+
+    def predict(self, images: Tensor) -> tuple[tuple[Tensor, ...], Any]:
+        # In evaluation it is a pair, of which the first is what is decoded and selected.
+        found = self._detector[0].predict(images)
+        found = found[1] if isinstance(found, tuple) else found
+        if "one2one" in found:
+            found = found["one2one" if self.model[-1].end2end else "one2many"]
+        return (found["scores"].mT, found["boxes"].mT), found
+
+    def decode(
+        self, images: Tensor, features: Any, raw: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor]:
+        head = self.model[-1]
+        boxes = head._get_decode_boxes(features).mT
+        if not (head.end2end or head.xyxy):
+            centre, half = boxes[..., :2], boxes[..., 2:] / 2
+            boxes = torch.cat([centre - half, centre + half], -1)
+        return boxes, raw[0].sigmoid()
 
 
-def edge_layers(model: Any) -> tuple[list[str], list[str]]:
-    """Names of the layers that see the image, and of those that predict.
+class YOLOAdapter(Adapter):
+    """The first convolution, and the bare ones of the head, outside of blocks with a batch norm."""
 
-    The latter are the bare convolutions of the head, those outside of a block with a batch norm;
-    not the one that sums up a distribution, whose weights are constants.
-    """
-    layers = list(float_layers(model))
-    head = f"model.{len(model.model) - 1}."
-    bare = [n for n in layers if n.startswith(head) and not n.endswith(".conv")]
-    return layers[:1], bare
+    network = Network
+
+    def first(self, model: nn.Module, layers: Sequence[str]) -> Sequence[str]:
+        return layers[:1]
+
+    def prediction(self, model: Any, layers: Sequence[str]) -> Sequence[str]:
+        head = f"model.{len(model.model) - 1}."
+        return [name for name in layers if name.startswith(head) and not name.endswith(".conv")]
+
+
+ADAPTERS = dict.fromkeys(_MODELS, YOLOAdapter())
+"""By class name."""
 
 
 class _DetectionLoss(Hook):

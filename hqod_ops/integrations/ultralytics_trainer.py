@@ -15,8 +15,6 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from hqod_ops.integrations.harmonize import harmonize
 from hqod_ops.integrations.ultralytics import (
-    edge_layers,
-    has_distribution,
     is_quantized,
     keep_unfused,
 )
@@ -39,7 +37,7 @@ class HQODTrainer(DetectionTrainer):  # type: ignore[misc]
 
     Attributes:
         qat (QATConfig or str): see :func:`hqod_ops.quant.prepare_qat`. Without edge layers in it
-            they are the first convolution and the last layers of the head. Default: ``"hqod_w4a4"``
+            they are the first convolution and the last ones of the head. Default: ``"hqod_w4a4"``
         hqod (mapping, optional): options of :func:`hqod_ops.integrations.harmonize`; None for the
             loss as it is. Default: ``{}``
         calibration_batches (int): how many batches calibrate. Default: 8
@@ -70,12 +68,10 @@ class HQODTrainer(DetectionTrainer):  # type: ignore[misc]
         keep_unfused(self.model)
         if not is_quantized(self.model):
             config = get_config(self.qat)
-            if config.first is None and config.prediction is None:
-                first, prediction = edge_layers(self.model)
-                config = replace(config, first=first, prediction=prediction)
-            # Its weights are the constants 0, 1, 2, ...
-            constant = [Rule("*.dfl.conv", skip=True)] if has_distribution(self.model) else []
-            config = replace(config, overrides=(*config.overrides, *constant))
+            if self.model.model[-1].reg_max > 1:
+                # A convolution sums up the distribution of a side, with constants as weights.
+                constant = Rule("*.dfl.conv", skip=True)
+                config = replace(config, overrides=(*config.overrides, constant))
             prepare_qat(self.model, config)
             self._calibrate()
 

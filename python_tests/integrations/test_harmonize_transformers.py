@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.integrations import harmonize, unharmonize
-from hqod_ops.quant import QATConfig, Rule
+from hqod_ops.quant import QATConfig, Rule, detection_network, summary
 from python_tests.integrations import harmonize_contract as contract
 from python_tests.integrations.harmonize_contract import (
     MIXED,
@@ -178,11 +178,10 @@ def both_modes(model: nn.Module, batch: Any) -> None:
 
 
 def case(name: str) -> Case:
-    first = "model.backbone.model.embedder.*"
     # Copies that share parameters with layers of the decoder, and are never called.
     copies = ["class_embed.*", "bbox_embed.*"] if name in ("RT-DETRv2", "D-FINE") else []
     rules = tuple(Rule(pattern, skip=True) for pattern in copies)
-    config = QATConfig(first=first, prediction=(), overrides=rules)
+    config = QATConfig(overrides=rules)
     return Case(partial(made, name), batch, loss, term, positives, double, config, both_modes)
 
 
@@ -283,3 +282,32 @@ def test_refused() -> None:
     small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9)
     with pytest.raises(TypeError, match="got BertForSequenceClassification"):
         harmonize(BertForSequenceClassification(small))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_edges_and_network(name: str) -> None:
+    model: Any = contract.prepared(CASES[name], made(name)).eval()
+    eight = [row.name for row in summary(model) if row.weight_bits == 8]
+    assert "embedder" in eight[0]
+    # Classes and boxes of a DETR; of two decoder layers; and of the encoder; and what is D-FINE's.
+    counts = {"DETR": 2, "Deformable DETR": 4, "RT-DETR": 6, "RT-DETRv2": 6, "D-FINE": 9}
+    assert len(eight) == 1 + counts[name]
+    images = batch(OBJECTS)["pixel_values"]
+    with torch.no_grad():
+        found = model(images)
+        boxes, scores = detection_network(model, "boxes")(images)
+    size = torch.tensor([96.0, 64.0, 96.0, 64.0])
+    wanted = [corners(b).mul(size) for b in found.pred_boxes.flatten(0, 1)]
+    limits = torch.stack(wanted).clamp(min=0).minimum(size)
+    torch.testing.assert_close(boxes.flatten(0, 1), limits, rtol=1e-5, atol=1e-4)
+    softmax = found.logits.softmax(-1)[..., :-1]
+    torch.testing.assert_close(scores, softmax if name == "DETR" else found.logits.sigmoid())
+
+
+@pytest.mark.require("onnx", "onnxruntime", "onnxscript")
+def test_export(tmp_path: Path) -> None:
+    from hqod_ops.quant import export_onnx
+
+    model = contract.prepared(CASES["DETR"], made("DETR")).eval()
+    network = detection_network(model, "boxes").eval()
+    export_onnx(network, batch(OBJECTS)["pixel_values"], tmp_path / "model.onnx")

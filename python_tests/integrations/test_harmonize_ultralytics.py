@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.integrations import harmonize, unharmonize
-from hqod_ops.quant import QATConfig
+from hqod_ops.quant import QATConfig, Rule, detection_network, summary
 from python_tests.integrations import harmonize_contract as contract
 from python_tests.integrations.harmonize_contract import (
     MIXED,
@@ -133,7 +133,7 @@ def case(name: str) -> Case:
         term,
         positives,
         double,
-        QATConfig(first="model.0.conv", prediction=("*cv2.?.2", "*cv3.?.2")),
+        QATConfig(overrides=[] if "26" in name else [Rule("*.dfl.conv", skip=True)]),
         both_modes,
     )
 
@@ -211,3 +211,37 @@ def test_refused() -> None:
     for model in (OBBModel("yolo11n-obb.yaml", verbose=False), YOLO("yolo11n.yaml")):
         with pytest.raises(TypeError, match="ultralytics' DetectionModel"):
             harmonize(model)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_edges_and_network(name: str) -> None:
+    """8 bits for the image and for what predicts; boxes and scores are the library's own."""
+    model: Any = contract.prepared(CASES[name], made(name)).eval()
+    eight = [row.name for row in summary(model) if row.weight_bits == 8]
+    heads = 2 if hasattr(model.model[-1], "one2one_cv2") else 1
+    assert eight[0] == "model.0.conv" and len(eight) == 1 + 6 * heads
+    images = batch(OBJECTS)["img"]
+    with torch.no_grad():
+        boxes, scores = detection_network(model, "boxes")(images)
+        logits, _ = detection_network(model)(images)
+        model.model[-1].end2end = False
+        found = (
+            model(images)[0]
+            if heads == 1
+            else model.model[-1]._inference(model(images)[1]["one2one"])
+        )
+    centre, half = found[:, :2].mT, found[:, 2:4].mT / 2
+    corners = torch.cat([centre - half, centre + half], -1).clamp(0, 64)
+    torch.testing.assert_close(boxes, corners, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(scores, found[:, 4:].mT)
+    torch.testing.assert_close(logits.sigmoid(), scores)
+
+
+@pytest.mark.require("onnx", "onnxruntime", "onnxscript")
+@pytest.mark.parametrize("name", ["yolo11n", "yolo26n"])
+def test_export(name: str, tmp_path: Path) -> None:
+    from hqod_ops.quant import export_onnx
+
+    model = contract.prepared(CASES[name], made(name)).eval()
+    network = detection_network(model, "boxes").eval()
+    export_onnx(network, batch(OBJECTS)["img"], tmp_path / "model.onnx")  # checks the file
