@@ -22,7 +22,7 @@ from hqod_ops.quant.config import QATConfig
 from hqod_ops.quant.config.qat_config import get_config
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.prepare import prepare_qat
-from hqod_ops.quant.quantizers.choice import default_init
+from hqod_ops.quant.quantizers.registry import default_observer
 from hqod_ops.quant.summary import summary
 from hqod_ops.quant.tuning.batch_norm import estimated_norms, reestimate_batch_norm
 from hqod_ops.quant.tuning.bias import correct_bias
@@ -180,7 +180,7 @@ def _with_least_error(config: QATConfig) -> QATConfig:
     """Scales from the least squared error, where nothing else is said."""
     inits: dict[str, Any] = {}
     for kind, usual in (("weight", "minmax"), ("act", "ema_mse")):
-        own = default_init(kind, getattr(config, f"{kind}_quantizer"))
+        own = default_observer(kind, getattr(config, f"{kind}_quantizer"))
         if getattr(config, f"{kind}_init") is None and own == usual:
             inits[f"{kind}_init"] = "mse"
     return dataclasses.replace(config, **inits)
