@@ -305,7 +305,7 @@ CHECKS = [
 
 
 def pairs(names: Iterable[str], alike: Iterable[str]) -> list[tuple[str, Callable[[Case], None]]]:
-    """Every check of every case; of those whose loss is that of another only what tells them apart."""
+    """Every check of every case; of those whose loss is that of another what tells them apart."""
     few = (check_values, check_prepared)
     return [(n, check) for n in names for check in CHECKS if n not in alike or check in few]
 
