@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hqod_ops.quant.batches import call, evaluating
+from hqod_ops.quant.nn.derived import current
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.observers import gather
 from hqod_ops.quant.quantizers.base import Observed, Quantizer
@@ -85,7 +86,7 @@ def calibrate(
     if steps is not None and steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     layers = [module for module in model.modules() if isinstance(module, QATLayer)]
-    weights = {m.weight_quantizer: m.weight for m in layers if m.weight_quantizer is not None}
+    weights = {m.weight_quantizer: m for m in layers if m.weight_quantizer is not None}
     inputs = [q for q in model.modules() if isinstance(q, Quantizer) and q not in weights]
     if not weights and not inputs:
         raise ValueError("model: expected a model from prepare_qat, it has no quantizer")
@@ -140,7 +141,7 @@ def _observing(weights: Iterable[Quantizer], inputs: Iterable[Quantizer]) -> Ite
 
 def _look(
     model: _Model,
-    weights: dict[Quantizer, Tensor],
+    weights: dict[Quantizer, QATLayer],
     inputs: list[Quantizer],
     batches: Iterable[Any],
     forward: Callable[[_Model, Any], object] | None,
@@ -148,7 +149,7 @@ def _look(
     """The statistics of this process. An error is kept: the other processes wait for an answer."""
     seen = _Seen()
     try:
-        seen.weights = [_weight_scale(q, weight) for q, weight in weights.items()]
+        seen.weights = [_weight_scale(q, current(layer)) for q, layer in weights.items()]
         if inputs:
             for batch in batches:
                 reset_levels(model)

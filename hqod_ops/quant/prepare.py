@@ -13,7 +13,7 @@ from hqod_ops.quant.dataflow.attach import ExpectedModules
 from hqod_ops.quant.dataflow.fold import fold_batch_norm
 from hqod_ops.quant.dataflow.producers import place_on_producers
 from hqod_ops.quant.nn.batch_norm import freeze_batch_norm
-from hqod_ops.quant.nn.layers import TWINS, QATLayer
+from hqod_ops.quant.nn.layers import TWINS, QATLayer, float_class
 from hqod_ops.quant.nn.weight_pool import WeightPool
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.base import Quantizer
@@ -101,7 +101,7 @@ def prepare_qat(
         freeze_batch_norm(model)
     for name, (weight_quantizer, input_quantizer) in quantizers.items():
         if plan[name].quantized:
-            TWINS[type(layers[name])].from_float(
+            TWINS[float_class(layers[name])].from_float(
                 layers[name], weight_quantizer=weight_quantizer, input_quantizer=input_quantizer
             )
     state = track_calls(model)
@@ -118,7 +118,7 @@ def _quantizers(
     layer: nn.Module, name: str, plan: LayerPlan
 ) -> tuple[Quantizer | None, Quantizer | None]:
     """The quantizers of a layer's weight and input."""
-    twin = TWINS[type(layer)]
+    twin = TWINS[float_class(layer)]
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

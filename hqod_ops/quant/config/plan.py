@@ -20,7 +20,7 @@ from hqod_ops.quant.config.qat_config import (
     changed,
     get_config,
 )
-from hqod_ops.quant.nn.layers import TWINS, QATLayer
+from hqod_ops.quant.nn.layers import TWINS, QATLayer, float_class
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.base import Quantizer
 from hqod_ops.quant.quantizers.registry import check_quantizer, default_observer
@@ -160,7 +160,7 @@ def plan_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: QATCo
     plan = Plan(
         {
             name: _plan_layer(
-                name, type(layer), config, rules, any(fnmatchcase(name, p) for p in first)
+                name, float_class(layer), config, rules, any(fnmatchcase(name, p) for p in first)
             )
             for name, layer in layers.items()
         }
@@ -223,7 +223,7 @@ def float_layers(model: nn.Module) -> dict[str, nn.Module]:
                 "model: expected a float model, "
                 f"{name or type(model).__name__!r} is prepared already"
             )
-        if type(module) in TWINS:
+        if float_class(module) in TWINS:
             layers[name] = module
         elif isinstance(module, tuple(TWINS)):
             odd.append(f"{name} ({type(module).__name__})")

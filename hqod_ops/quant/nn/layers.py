@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from hqod_ops.quant.quantizers.base import Quantizer
 
@@ -66,11 +67,16 @@ class QATLayer(nn.Module):
         Raises:
             TypeError: module is of another class.
         """
-        if type(module) is not cls.float_type:
+        if float_class(module) is not cls.float_type:
             raise TypeError(
                 f"module: expected a {cls.float_type.__name__}, got {type(module).__name__}"
             )
-        module.__class__ = cls
+        kind = type(module)
+        if kind is cls.float_type:
+            module.__class__ = cls
+        else:  # torch's subclass for one parametrized module, with the tensors as properties
+            extras = {k: v for k, v in vars(kind).items() if k not in ("__module__", "__doc__")}
+            module.__class__ = type(f"Parametrized{cls.__name__}", (cls,), extras)
         assert isinstance(module, cls)
         module._attach(weight_quantizer, input_quantizer)
         return module
@@ -94,6 +100,12 @@ class QATLayer(nn.Module):
         if self.upstream is not None:
             return self.upstream(x)
         return _apply(self.input_quantizer, x)
+
+
+def float_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a layer, where it has parametrizations without torch's subclass for these."""
+    kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
+    return kind
 
 
 def _apply(quantizer: Quantizer | None, x: Tensor) -> Tensor:
