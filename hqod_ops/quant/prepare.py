@@ -13,7 +13,8 @@ from hqod_ops.quant.dataflow.attach import ExpectedModules
 from hqod_ops.quant.dataflow.fold import fold_batch_norm
 from hqod_ops.quant.dataflow.producers import place_on_producers
 from hqod_ops.quant.nn.batch_norm import freeze_batch_norm
-from hqod_ops.quant.nn.layers import TWINS, QATLayer, float_class
+from hqod_ops.quant.nn.layers import QATLayer
+from hqod_ops.quant.nn.twins import attach_attention, twin_class, without_fast_path
 from hqod_ops.quant.nn.weight_pool import WeightPool
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.base import Quantizer
@@ -101,9 +102,11 @@ def prepare_qat(
         freeze_batch_norm(model)
     for name, (weight_quantizer, input_quantizer) in quantizers.items():
         if plan[name].quantized:
-            TWINS[float_class(layers[name])].from_float(
+            twin_class(layers[name]).from_float(
                 layers[name], weight_quantizer=weight_quantizer, input_quantizer=input_quantizer
             )
+    attach_attention(layers)
+    without_fast_path(model)
     state = track_calls(model)
     state.expected = ExpectedModules(model)
     if config.foreach:
@@ -114,11 +117,12 @@ def prepare_qat(
     return model
 
 
+@torch.inference_mode(False)
 def _quantizers(
     layer: nn.Module, name: str, plan: LayerPlan
 ) -> tuple[Quantizer | None, Quantizer | None]:
     """The quantizers of a layer's weight and input."""
-    twin = TWINS[float_class(layer)]
+    twin = twin_class(layer)
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

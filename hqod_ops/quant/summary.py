@@ -275,7 +275,10 @@ def _sizes(model: nn.Module, layers: Sequence[QATLayer]) -> tuple[float, float]:
         inside.update(map(id, made_from))
         bits = FLOAT_BITS if layer.weight_quantizer is None else layer.weight_quantizer.bits
         if made_from or bits != FLOAT_BITS:
-            weights[tuple(map(id, made_from)) or id(layer.weight)] = current(layer), bits
+            key = (
+                (getattr(layer, "part", ""), *map(id, made_from)) if made_from else id(layer.weight)
+            )
+            weights[key] = current(layer), bits
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside}
     for key in weights:
         tensors.pop(key, None)

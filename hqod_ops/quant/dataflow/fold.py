@@ -13,7 +13,8 @@ from torch import nn
 from hqod_ops.quant.batches import call, evaluating
 from hqod_ops.quant.dataflow.run import run_dataflow
 from hqod_ops.quant.nn.derived import current, rewrite
-from hqod_ops.quant.nn.layers import TWINS, float_class
+from hqod_ops.quant.nn.layers import float_class
+from hqod_ops.quant.nn.twins import TWINS
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -106,6 +107,7 @@ def _pairs(
     }
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _fold(layer: Any, norm: Any) -> str | None:
     """Fold a batch normalisation into a layer, or say why that cannot be."""

@@ -18,20 +18,18 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from hqod_ops.quant.batches import evaluating
+from hqod_ops.quant.nn.attention import Projection
 
 
-def owner_of(layer: nn.Module) -> nn.Module:
-    """The module whose forward makes a layer's weight: itself, or what it is a part of."""
-    owner: nn.Module = getattr(layer, "owner", layer)
-    return owner
+def _home(layer: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that has a layer's tensor, and its name there; see ``Projection``."""
+    return (layer.owner, layer.stored) if isinstance(layer, Projection) else (layer, name)
 
 
 def is_derived(layer: nn.Module) -> bool:
     """Whether the weight may be another one within the forward pass than it is now."""
-    owner = owner_of(layer)
-    return parametrize.is_parametrized(owner) or bool(
-        owner._forward_pre_hooks or "weight" not in layer._parameters and owner is layer
-    )
+    owner, name = _home(layer, "weight")
+    return bool(owner._forward_pre_hooks) or name not in owner._parameters
 
 
 @torch.no_grad()
@@ -41,7 +39,7 @@ def current(layer: nn.Module, name: str = "weight") -> Tensor:
     Raises:
         ValueError: a hook makes it that cannot run alone.
     """
-    owner = owner_of(layer)
+    owner, _ = _home(layer, name)
     with evaluating(owner):  # in training, a spectral norm would do a step of its iteration
         _refresh(owner)
         value: Tensor = getattr(layer, name)
@@ -77,13 +75,14 @@ def rewrite(module: nn.Module, name: str, value: Tensor) -> str | None:
 
 
 def sources(layer: nn.Module, name: str = "weight") -> list[Tensor]:
-    """The parameters and buffers that a derived tensor is made from; none if it is not derived."""
-    if parametrize.is_parametrized(layer, name):
-        part: Any = layer.parametrizations
+    """The parameters and buffers that a tensor is made from or is a part of; none if it is one."""
+    owner, name = _home(layer, name)
+    if parametrize.is_parametrized(owner, name):
+        part: Any = owner.parametrizations
         return [*part[name].parameters(), *part[name].buffers()]
-    if any(made == name for made, _ in _makers(layer)):
-        return [tensor for _, tensor in _kept(layer, name)]
-    return []
+    if any(made == name for made, _ in _makers(owner)):
+        return [tensor for _, tensor in _kept(owner, name)]
+    return [] if owner is layer else [getattr(owner, name)]
 
 
 def settle(model: nn.Module) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
@@ -71,12 +71,7 @@ class QATLayer(nn.Module):
             raise TypeError(
                 f"module: expected a {cls.float_type.__name__}, got {type(module).__name__}"
             )
-        kind = type(module)
-        if kind is cls.float_type:
-            module.__class__ = cls
-        else:  # torch's subclass for one parametrized module, with the tensors as properties
-            extras = {k: v for k, v in vars(kind).items() if k not in ("__module__", "__doc__")}
-            module.__class__ = type(f"Parametrized{cls.__name__}", (cls,), extras)
+        become(module, cls)
         assert isinstance(module, cls)
         module._attach(weight_quantizer, input_quantizer)
         return module
@@ -103,9 +98,26 @@ class QATLayer(nn.Module):
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a layer, where it has parametrizations without torch's subclass for these."""
+    """The class of a layer, without torch's subclass for parametrizations."""
     kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
     return kind
+
+
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of a module; its parametrizations stay."""
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        # Torch's subclass for this one module has the tensors as properties.
+        extras = {k: v for k, v in vars(kind).items() if k not in ("__module__", "__doc__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), extras)
+    module.__class__ = cls
+
+
+def as_leaf(module: nn.Module, proxy: Any, *args: Any, **kwargs: Any) -> Any:
+    """The call of a module as one node of a ``torch.fx`` trace: its forward is not traced."""
+    tracer = proxy.tracer
+    path = tracer.path_of_module(module)
+    return tracer.create_proxy("call_module", path, (proxy, *args), kwargs)
 
 
 def _apply(quantizer: Quantizer | None, x: Tensor) -> Tensor:
@@ -146,6 +158,8 @@ class QATConv2d(QATLayer, nn.Conv2d):
         self._attach(weight_quantizer, input_quantizer)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return cast(Tensor, as_leaf(self, input))
         x, weight = self.quantized_input(input), self.quantized_weight()
         output: Tensor = self._conv_forward(x, weight, self.bias)
         return output
@@ -174,6 +188,8 @@ class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
         self._attach(weight_quantizer, input_quantizer)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return cast(Tensor, as_leaf(self, input, output_size))
         shape: dict[str, Any] = {
             "stride": self.stride,
             "padding": self.padding,
@@ -211,10 +227,6 @@ class QATLinear(QATLayer, nn.Linear):
         self._attach(weight_quantizer, input_quantizer)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return cast(Tensor, as_leaf(self, input))
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
-
-
-TWINS: dict[type[nn.Module], type[QATLayer]] = {
-    twin.float_type: twin for twin in (QATConv2d, QATConvTranspose2d, QATLinear)
-}
-"""The twin of every float class that has one."""

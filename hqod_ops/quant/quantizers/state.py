@@ -118,6 +118,7 @@ class ScaleState(CountsCalls):
             self.code_range.copy_(torch.tensor(codes))
         self._codes = tuple(codes)
 
+    @torch.inference_mode(False)
     def _resize(self, shape: Iterable[int], levels: int) -> None:
         for name in self.values:
             value = getattr(self, name)
