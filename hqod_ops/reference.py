@@ -79,7 +79,8 @@ def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     area1, area2, inter = (
         _clamp(size * shrink, 0.0).prod(dim=-1) for size in (size1, size2, overlap)
     )
-    return inter / _clamp(area1 + area2 - inter, eps)
+    # The difference is 0, or NaN where a side is infinite: no loss that hides a NaN gradient.
+    return inter / _clamp(area1 + area2 - inter, eps) + (longest - longest)[..., 0]
 
 
 def _harmonious(iou: Tensor, alpha: float, gamma: float) -> Tensor:

@@ -3,7 +3,8 @@
 //   iou = inter / max(area1 + area2 - inter, 1e-6), sides clamped at 0
 //
 // Source: the HQOD code. Boxes with a side above 2^60 are scaled by 2^-70 first, so that no area
-// overflows float, with 1e-30 for the least union; the gradient is scaled alike.
+// overflows float, with 1e-30 for the least union; the gradient is scaled alike. A box with an
+// infinite side has the IoU NaN: a quotient of 0 would hide that its gradient is none.
 #pragma once
 
 #include "math/elementary.h"
@@ -45,7 +46,8 @@ HQOD_HD Overlap<T> box_overlap(const Box<T>& a, const Box<T>& b) {
   const T area2 = at_least(o.w2, zero) * at_least(o.h2, zero);
   const T uni = area1 + area2 - inter;
   const T divisor = at_least(uni, eps), inverse = T(1) / divisor;
-  o.iou = quotient(inter, divisor, inverse);  // as a division: exactly 1 for equal boxes
+  // As a division: exactly 1 for equal boxes. The difference is 0, or NaN for an infinite side.
+  o.iou = quotient(inter, divisor, inverse) + (longest - longest);
   o.per_union = inverse * shrink;
   o.union_share = uni < eps ? zero : o.iou;
   return o;

@@ -454,7 +454,7 @@ def test_a_checkpoint_of_another_layout_names_the_keys() -> None:
     with pytest.raises(RuntimeError, match=r"log2_threshold"):
         prepare_qat(Net(), QATConfig(4, 4, weight_quantizer="tqt")).load_state_dict(state)
     with pytest.raises(
-        KeyError, match=r"missing: .*body\.0\.bias.* and \d+ more, unknown: .*module"
+        ValueError, match=r"missing: .*body\.0\.bias.* and \d+ more, unknown: .*module"
     ):
         load_float_state_dict(model, {f"module.{key}": value for key, value in state.items()})
 

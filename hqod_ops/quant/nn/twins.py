@@ -50,6 +50,8 @@ def twin_class(layer: nn.Module) -> type[QATLayer]:
 def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of a float model that have a twin, by name; those that lack one are warned of.
 
+    Layers of fixed whole numbers, which compute a formula, are left out.
+
     Raises:
         ValueError: the model is prepared already.
     """
@@ -71,7 +73,8 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
                 odd.append(f"{name} ({kind.__name__}): it is a subclass of MultiheadAttention")
                 within.add(module.out_proj)
         elif kind in TWINS:
-            layers[name] = module
+            if not _is_constant(module):
+                layers[name] = module
         elif isinstance(module, _LAYERS) and module not in within:
             why = problem(module, layer_kind(module))
             if why is None:
@@ -81,6 +84,15 @@ def find_layers(model: nn.Module) -> dict[str, nn.Module]:
     if odd:
         warnings.warn("layers of a subclass stay in float: " + "; ".join(odd), stacklevel=4)
     return layers
+
+
+def _is_constant(layer: nn.Module) -> bool:
+    """Whether a layer is a formula that is written as one, such as the sum over the bins of a box
+    distribution (weights 0, 1, 2...): fixed whole numbers."""
+    weight: Any = layer._parameters.get("weight")
+    if weight is None or any(p.requires_grad for p in layer.parameters()) or weight.is_meta:
+        return False
+    return bool((weight == weight.round()).all())
 
 
 def attach_attention(layers: dict[str, nn.Module]) -> None:
