@@ -36,7 +36,11 @@ def prepare_qat(
     """Turn a float model into a QAT model, in place.
 
     Every ``Conv2d``, ``ConvTranspose2d`` and ``Linear`` becomes its twin (:class:`QATLayer`), which
-    fake-quantizes its weight and its input; nothing is traced, so any control flow works. Batch
+    fake-quantizes its weight and its input; nothing is traced, so any control flow works. So do the
+    four projections of ``MultiheadAttention`` (``in_proj_q``, ``in_proj_k``, ``in_proj_v`` and
+    ``out_proj``), and layers of a subclass whose forward gives the weight to ``F.conv2d`` and the
+    like once, where these are quantized; other subclasses stay in float, with a warning. Layers of
+    fixed whole numbers, such as YOLO's ``dfl.conv``, are no layers to train and stay. Batch
     normalisation is left as it is, and trains, unless ``config.batch_norm`` says otherwise. Next,
     run :func:`calibrate`; until then, the model raises an error when it is called.
     :func:`plan_qat` shows what will be done. With ``config.placement="producers"`` inputs are

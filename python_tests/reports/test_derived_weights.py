@@ -174,6 +174,36 @@ def test_folding_lasts_or_is_refused_by_name(kind: str) -> None:
         torch.testing.assert_close(model(X), before, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [parametrizations.orthogonal, parametrizations.spectral_norm])
+def test_a_refused_fold_changes_nothing(make: Any) -> None:
+    """An orthogonal matrix has a right inverse, which sets more than one tensor."""
+    model = nn.Sequential(make(nn.Linear(6, 6)), nn.BatchNorm1d(6)).eval()
+    norm: Any = model[1]
+    norm.running_var.uniform_(0.5, 2)
+    x = torch.randn(4, 6)
+    before = model(x)
+    with pytest.warns(UserWarning, match="1: the batch normalisation stays"):
+        fold_batch_norm(model, x)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_pruning_a_prepared_model() -> None:
+    model = prepare_qat(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)),
+        QATConfig(8, 8, foreach=True),
+        first=(),
+        prediction=(),
+    )
+    calibrate(model, [X], progress=False)
+    conv: Any = model[0]
+    prune.l1_unstructured(conv, "weight", 0.5)
+    model(X)
+    with torch.no_grad():
+        conv.weight_orig.zero_()
+    y = model(X)  # of the biases alone
+    torch.testing.assert_close(y, y[:1, :, :1, :1].expand_as(y))
+
+
 def test_a_pruned_weight_keeps_what_is_pruned_when_it_is_folded() -> None:
     model = nn.Sequential(network("pruned")[0], nn.BatchNorm2d(8)).eval()
     conv: Any = model[0]

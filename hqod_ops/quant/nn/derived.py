@@ -52,8 +52,8 @@ def rewrite(module: nn.Module, name: str, value: Tensor) -> str | None:
     Returns:
         str, or None: why that is not possible; the module is then as it was.
     """
-    tensors = [*module.parameters(), *module.buffers()]
-    before = [tensor.detach().clone() for tensor in tensors]
+    # By name: a right_inverse may put other tensors there.
+    before = {key: tensor.detach().clone() for key, tensor in module.state_dict().items()}
     problem = ""
     with torch.no_grad():
         try:
@@ -68,8 +68,7 @@ def rewrite(module: nn.Module, name: str, value: Tensor) -> str | None:
                 <= 64 * torch.finfo(value.dtype).eps * value.abs().max()
             ):
                 return None
-        for tensor, old in zip(tensors, before, strict=True):
-            tensor.copy_(old)
+        module.load_state_dict(before)
         current(module, name)
     return f"the {name} is derived, and no such value can be written to it{problem}"
 
