@@ -7,14 +7,22 @@ from hqod_ops.functional import (
     aligned_box_iou,
     fake_quant,
     fake_quant_foreach,
+    generalized_box_iou_loss,
     harmonious_iou_loss,
     hqod_loss,
     tcorr_loss,
 )
-from hqod_ops.modules import FakeQuant, HarmoniousIoULoss, HQODLoss, TCorrLoss
+from hqod_ops.modules import (
+    FakeQuant,
+    GeneralizedBoxIoULoss,
+    HarmoniousIoULoss,
+    HQODLoss,
+    TCorrLoss,
+)
 
 __all__ = [
     "FakeQuant",
+    "GeneralizedBoxIoULoss",
     "HQODLoss",
     "HarmoniousIoULoss",
     "TCorrLoss",
@@ -24,6 +32,7 @@ __all__ = [
     "debug",
     "fake_quant",
     "fake_quant_foreach",
+    "generalized_box_iou_loss",
     "harmonious_iou_loss",
     "hqod_loss",
     "tcorr_loss",

@@ -41,6 +41,32 @@ class HarmoniousIoULoss(nn.Module):
         return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
 
 
+class GeneralizedBoxIoULoss(nn.Module):
+    """See :func:`hqod_ops.generalized_box_iou_loss`.
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import GeneralizedBoxIoULoss
+        >>> boxes = torch.tensor([[0., 0., 2., 2.]])
+        >>> GeneralizedBoxIoULoss()(boxes, boxes)
+        tensor(0.)
+    """
+
+    def __init__(self, eps: float = 1e-7, reduction: str = "mean") -> None:
+        super().__init__()
+        _checks.number("eps", eps)
+        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        self.eps, self.reduction = eps, reduction
+
+    def forward(self, boxes1: Tensor, boxes2: Tensor, weight: Tensor | None = None) -> Tensor:
+        return F.generalized_box_iou_loss(
+            boxes1, boxes2, reduction=self.reduction, eps=self.eps, weight=weight
+        )
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, reduction={self.reduction!r}"
+
+
 class TCorrLoss(nn.Module):
     """See :func:`hqod_ops.tcorr_loss`.
 

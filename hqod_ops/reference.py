@@ -8,7 +8,8 @@ obviously right over being fast.
 Source: X. Huang et al., *HQOD: Harmonious Quantization for Object Detection*, ICME 2024
 (arXiv:2408.02561), with the details of the authors' code; S. K. Esser et al., *Learned Step Size
 Quantization*, ICLR 2020 (arXiv:1902.08153); Y. Bhalgat et al., *LSQ+*, CVPRW 2020
-(arXiv:2004.09576).
+(arXiv:2004.09576); H. Rezatofighi et al., *Generalized Intersection over Union*, CVPR 2019
+(arXiv:1902.09630).
 """
 
 from __future__ import annotations
@@ -63,24 +64,34 @@ def _reduce(
     return total / (loss.numel() if avg_factor is None else avg_factor)
 
 
+def _sizes(boxes1: Tensor, boxes2: Tensor) -> list[Tensor]:
+    """Width and height of either box and of their intersection, negative where there is none."""
+    overlap = torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(
+        boxes1[..., :2], boxes2[..., :2]
+    )
+    return [boxes1[..., 2:] - boxes1[..., :2], boxes2[..., 2:] - boxes2[..., :2], overlap]
+
+
+def _areas(sizes: Sequence[Tensor], longest: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
+    """Intersection, union and the areas of further sizes, and eps, in units that fit float32."""
+    with torch.no_grad():
+        longest = longest.amax(dim=-1, keepdim=True)
+        large = longest > LARGE_SIDE
+        shrink = torch.where(large, SHRINK, 1.0).to(longest.dtype)
+        # A tensor: where() of two numbers would round them to the default dtype.
+        least = torch.where(large, longest.new_full((), SHRUNK_EPS), eps)[..., 0]
+    area1, area2, inter, *more = (_clamp(size * shrink, 0.0).prod(dim=-1) for size in sizes)
+    # The difference is 0, or NaN where a side is infinite: no loss that hides a NaN gradient.
+    return [inter, area1 + area2 - inter + (longest - longest)[..., 0], *more], least
+
+
 def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """See :func:`hqod_ops.aligned_box_iou`."""
     dtype = _compute_dtype(boxes1)
     boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
-    size1, size2 = boxes1[..., 2:] - boxes1[..., :2], boxes2[..., 2:] - boxes2[..., :2]
-    overlap = torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - torch.maximum(
-        boxes1[..., :2], boxes2[..., :2]
-    )
-    with torch.no_grad():
-        longest = torch.cat([size1, size2], dim=-1).amax(dim=-1, keepdim=True)
-        large = longest > LARGE_SIDE
-        shrink = torch.where(large, SHRINK, 1.0).to(dtype)
-        eps = torch.where(large, SHRUNK_EPS, IOU_EPS).to(dtype)[..., 0]
-    area1, area2, inter = (
-        _clamp(size * shrink, 0.0).prod(dim=-1) for size in (size1, size2, overlap)
-    )
-    # The difference is 0, or NaN where a side is infinite: no loss that hides a NaN gradient.
-    return inter / _clamp(area1 + area2 - inter, eps) + (longest - longest)[..., 0]
+    sizes = _sizes(boxes1, boxes2)
+    (inter, union), eps = _areas(sizes, longest=torch.cat(sizes[:2], dim=-1), eps=IOU_EPS)
+    return inter / _clamp(union, eps)
 
 
 def _harmonious(iou: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -115,6 +126,24 @@ def harmonious_iou_loss(
 ) -> Tensor:
     """See :func:`hqod_ops.harmonious_iou_loss`."""
     return _reduce(_harmonious(aligned_box_iou(pred, target), alpha, gamma), weight, reduction)
+
+
+def generalized_box_iou_loss(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    reduction: str = "none",
+    eps: float = 1e-7,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """See :func:`hqod_ops.generalized_box_iou_loss`."""
+    dtype = _compute_dtype(boxes1)
+    boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
+    hull = torch.maximum(boxes1[..., 2:], boxes2[..., 2:]) - torch.minimum(
+        boxes1[..., :2], boxes2[..., :2]
+    )
+    (inter, union, around), least = _areas([*_sizes(boxes1, boxes2), hull], longest=hull, eps=eps)
+    loss = 1 - inter / (union + least) + (around - union) / (around + least)
+    return _reduce(loss, weight, reduction)
 
 
 def tcorr_loss(

@@ -6,4 +6,5 @@
   X(box_iou)           \
   X(harmonious_iou)    \
   X(tcorr)             \
-  X(hqod)
+  X(hqod)              \
+  X(generalized_box_iou)

@@ -57,6 +57,7 @@ LOSSES = (
     Loss("harmonious_iou_loss", of_boxes=True),
     Loss("tcorr_loss", of_boxes=False),
     Loss("hqod_loss", of_boxes=True),
+    Loss("generalized_box_iou_loss", of_boxes=True),
 )
 
 _CODES = {"variant": VARIANTS, "reduction": REDUCTIONS}

@@ -25,6 +25,17 @@ _LIBRARIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "hqod_ops.integrations.torchvision",
         ("RetinaNet", "FCOS", "SSD", "FasterRCNN", "MaskRCNN", "KeypointRCNN"),
     ),
+    "ultralytics": (
+        "hqod_ops.integrations.ultralytics",
+        ("DetectionModel", "SegmentationModel", "PoseModel"),
+    ),
+    "transformers": (
+        "hqod_ops.integrations.transformers",
+        tuple(
+            f"{n}ForObjectDetection"
+            for n in ("Detr", "DeformableDetr", "RTDetr", "RTDetrV2", "DFine")
+        ),
+    ),
     "hqod_ops": ("hqod_ops.integrations.atss", ("ATSS",)),
 }
 """By top-level package: the module whose ``ADAPTERS`` has the adapters by class name, imported when

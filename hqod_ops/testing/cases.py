@@ -200,8 +200,8 @@ def _loss_inputs(
 
 
 def _iou_inputs(*args: Any) -> Inputs:
-    inputs = _loss_inputs(*args)
-    return {"boxes1": inputs["pred"], "boxes2": inputs["target"]}
+    inputs = _hiou_inputs(*args)
+    return {"boxes1": inputs.pop("pred"), "boxes2": inputs.pop("target"), **inputs}
 
 
 def _hiou_inputs(*args: Any) -> Inputs:
@@ -373,6 +373,24 @@ CASES: dict[str, OpCase] = {
             sizes=LOSS_SIZES,
             layouts=LOSS_LAYOUTS,
             module=_loss_module(hqod_ops.HarmoniousIoULoss),
+            is_loss=True,
+        ),
+        OpCase(
+            name="generalized_box_iou_loss",
+            function=hqod_ops.generalized_box_iou_loss,
+            reference=reference.generalized_box_iou_loss,
+            maker=_iou_inputs,
+            differentiable=("boxes1", "boxes2", "weight"),
+            variants=(
+                Variant("default"),
+                Variant("sum_eps", {"eps": 1e-3, "reduction": "sum"}),
+                Variant("mean", {"reduction": "mean"}),
+                Variant("weighted", {"eps": 0.5}, ("weight",)),
+                Variant("weighted_mean", {"reduction": "mean"}, ("weight",)),
+            ),
+            sizes=LOSS_SIZES,
+            layouts=LOSS_LAYOUTS,
+            module=_loss_module(hqod_ops.GeneralizedBoxIoULoss),
             is_loss=True,
         ),
         OpCase(

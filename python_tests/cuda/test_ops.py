@@ -6,6 +6,7 @@ The numbers are those of the contract suite, which runs on the GPU with ``HQOD_T
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,13 +112,14 @@ def test_losses_with_their_gradients(case: OpCase) -> None:
         return
     both_op = getattr(torch.ops.hqod, f"_{case.name}_and_grad").default
     names = [a.name for a in both_op._schema.arguments]
+    signature = inspect.signature(case.reference)
+    defaults = {name: p.default for name, p in signature.parameters.items()}
     for reduction, code in (("mean", 1), ("sum", 2)):
         variant = Variant(reduction, {"reduction": reduction})
         for size in sizes_of(case):
             inputs = case.make(variant, size, device="cuda")
-            fixed = {"reduction": code, "variant": 0, "logits": False, "alpha": 1.5, "gamma": 0.8}
-            fixed |= {"hiou_weight": 1.0, "tcorr_weight": 1.0, "weight": None, "avg_factor": None}
-            fixed |= {"wanted": 2 ** len(inputs) - 1} | inputs
+            fixed = defaults | {"reduction": code, "variant": 0, "wanted": 2 ** len(inputs) - 1}
+            fixed |= inputs
             with torch.no_grad():
                 loss, *grads = both_op(*(fixed[name] for name in names))
             want, wanted = run(case.call, case, inputs, variant, [torch.ones((), device="cuda")])

@@ -30,6 +30,8 @@ def modules() -> list[str]:
 NEEDS = {
     "hqod_ops.detection": ("torchvision", "pycocotools", "sklearn", "matplotlib"),
     "hqod_ops.integrations": ("torchvision",),
+    "hqod_ops.integrations.transformers": ("transformers", "scipy"),
+    "hqod_ops.integrations.ultralytics": ("ultralytics",),
     "hqod_ops.quant.export": ("onnx", "onnxruntime", "onnxscript", "torchvision"),
 }
 

@@ -27,13 +27,14 @@ PAIRS = {"first": (ODD, PLAIN), "second": (PLAIN, ODD), "both": (ODD, MIXED), "e
 OPS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
     "iou": lambda ops, a, b: ops.aligned_box_iou(a, b),
     "hiou": lambda ops, a, b: ops.harmonious_iou_loss(a, b, reduction="none"),
+    "giou": lambda ops, a, b: ops.generalized_box_iou_loss(a, b, reduction="none"),
     "hqod fixed": lambda ops, a, b: ops.hqod_loss(
         a, b, torch.zeros(len(a)), logits=True, reduction="none"
     ),
 }
 
 
-@pytest.mark.parametrize("op", ["iou", "hiou", "hqod fixed"])
+@pytest.mark.parametrize("op", list(OPS))
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_a_finite_loss_has_a_finite_gradient(op: str, pair: str, dtype: torch.dtype) -> None:
@@ -41,7 +42,7 @@ def test_a_finite_loss_has_a_finite_gradient(op: str, pair: str, dtype: torch.dt
     for ops in (hqod_ops, reference):
         first, second = (boxes.to(dtype) for boxes in PAIRS[pair])
         first.requires_grad_()
-        second.requires_grad_(op == "iou")
+        second.requires_grad_(op in ("iou", "giou"))
         loss = OPS[op](ops, first, second)
         loss.sum().backward()
         grads = [t.grad for t in (first, second) if t.grad is not None]

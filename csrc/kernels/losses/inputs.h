@@ -46,7 +46,7 @@ struct OverlapBlock {
   }
 
   HQOD_HD Overlap<T> with_iou(int64_t i, T iou) const {
-    return {iou, w1[i], h1[i], w2[i], h2[i], wi[i], hi[i], per_union[i], union_share[i]};
+    return {{w1[i], h1[i], w2[i], h2[i], wi[i], hi[i]}, iou, per_union[i], union_share[i]};
   }
 };
 

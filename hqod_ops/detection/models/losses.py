@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import sigmoid_focal_loss
 
 import hqod_ops
 from hqod_ops.detection.models.network import RawOutputs
@@ -116,11 +116,11 @@ def atss_losses(
     focal = sigmoid_focal_loss(
         logits, target, alpha=config.focal_alpha, gamma=config.focal_gamma, reduction="sum"
     )
-    giou = generalized_box_iou_loss(decoded, boxes, reduction="none", eps=1e-7)
+    giou = hqod_ops.generalized_box_iou_loss(decoded, boxes, weight=centre, reduction="sum")
     predicted = _wide(outputs.centerness.flatten()[assigned])
     losses = {
         "cls": focal / num_pos,
-        "box": config.box_weight * (giou * centre).sum() / sum_centre,
+        "box": config.box_weight * giou / sum_centre,
         "centerness": F.binary_cross_entropy_with_logits(predicted, centre, reduction="sum")
         / num_pos,
     }
