@@ -12,8 +12,9 @@ def debug(enabled: bool = True) -> None:
     """Switch the checks of values on or off, for every op and thread of the process.
 
     With them on, an op raises ValueError when a box, a score or an IoU is not finite, when a box
-    has x2 < x1 or y2 < y1, and when a scale is not positive and finite. They read values back from
-    the device, so they are off by default, and they are skipped inside ``torch.compile``.
+    has x2 < x1 or y2 < y1, when a scale is not positive and finite, and when a zero point lies
+    outside of the codes. They read values back from the device, so they are off by default, and
+    they are skipped inside ``torch.compile``.
 
     Args:
         enabled (bool): whether to check values from now on.
@@ -61,10 +62,15 @@ def finite(name: str, values: Tensor | None) -> None:
         _fail(name, "finite values", values, ~good)
 
 
-def quantized(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> None:
-    """Finite values, with positive finite scales."""
+def quantized(x: Tensor, scale: Tensor, zero_point: Tensor | None, codes: tuple[int, int]) -> None:
+    """Finite values, with positive finite scales and zero points that are codes when rounded."""
     finite("x", x)
     good = (scale > 0) & scale.isfinite()
     if not good.all():
         _fail("scale", "positive finite values", scale, ~good)
-    finite("zero_point", zero_point)
+    if zero_point is not None:
+        finite("zero_point", zero_point)
+        rounded = zero_point.detach().round()
+        good = (rounded >= codes[0]) & (rounded <= codes[1])
+        if not good.all():
+            _fail("zero_point", f"values in [{codes[0]}, {codes[1]}]", zero_point, ~good)

@@ -44,7 +44,8 @@ def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         boxes2 (Tensor[..., 4]): as many boxes, of the same dtype and device.
 
     Returns:
-        Tensor[...]: values in [0, 1]; float32 for half inputs, else the dtype of the inputs.
+        Tensor[...]: values in [0, 1]; float32 for half inputs, else the dtype of the inputs. NaN
+        for a box with an infinite side, with NaN gradients.
 
     Raises:
         ValueError: shapes differ, the last dimension is not 4, or devices differ.
@@ -439,7 +440,7 @@ def fake_quant(
         zero_point = _float_zero_point(zero_point, scale)
     axis = _checks.quant_params(x, scale, zero_point, ch_axis)
     if _debug.active():
-        _debug.quantized(x, scale, zero_point)
+        _debug.quantized(x, scale, zero_point, (quant_min, quant_max))
     return _backend().fake_quant(
         x,
         scale,
@@ -516,7 +517,7 @@ def fake_quant_foreach(
             if zero_points is not None and zero is None:
                 raise TypeError("zero_point: expected a Tensor, got None")
             if debugging:
-                _debug.quantized(x, scale, zero)
+                _debug.quantized(x, scale, zero, (mins[index], maxs[index]))
         except (ValueError, TypeError, IndexError) as error:
             raise type(error)(f"entry {index}: {error}") from None
     if not xs:

@@ -75,12 +75,14 @@ def _sizes(boxes1: Tensor, boxes2: Tensor) -> list[Tensor]:
 def _areas(sizes: Sequence[Tensor], longest: Tensor, eps: float) -> tuple[list[Tensor], Tensor]:
     """Intersection, union and the areas of further sizes, and eps, in units that fit float32."""
     with torch.no_grad():
-        large = longest.amax(dim=-1, keepdim=True) > LARGE_SIDE
+        longest = longest.amax(dim=-1, keepdim=True)
+        large = longest > LARGE_SIDE
         shrink = torch.where(large, SHRINK, 1.0).to(longest.dtype)
         # A tensor: where() of two numbers would round them to the default dtype.
         least = torch.where(large, longest.new_full((), SHRUNK_EPS), eps)[..., 0]
     area1, area2, inter, *more = (_clamp(size * shrink, 0.0).prod(dim=-1) for size in sizes)
-    return [inter, area1 + area2 - inter, *more], least
+    # The difference is 0, or NaN where a side is infinite: no loss that hides a NaN gradient.
+    return [inter, area1 + area2 - inter + (longest - longest)[..., 0], *more], least
 
 
 def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:

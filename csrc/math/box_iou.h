@@ -3,7 +3,8 @@
 //   iou = inter / max(area1 + area2 - inter, 1e-6), sides clamped at 0
 //
 // Source: the HQOD code. Boxes with a side above 2^60 are scaled by 2^-70 first, so that no area
-// overflows float, with 1e-30 for the least union; the gradient is scaled alike.
+// overflows float, with 1e-30 for the least union; the gradient is scaled alike. A box with an
+// infinite side has the IoU NaN: a quotient of 0 would hide that its gradient is none.
 //
 // What the losses of other areas need too stands here: sides, clamped areas and their gradients.
 #pragma once
@@ -67,12 +68,14 @@ HQOD_HD Overlap<T> box_overlap(const Box<T>& a, const Box<T>& b) {
   const Sides<T> sides = sides_of(a, b);
   const T m1 = sides.w1 > sides.h1 ? sides.w1 : sides.h1;
   const T m2 = sides.w2 > sides.h2 ? sides.w2 : sides.h2;
-  const Scaling<T> by = scaling_of(m1 > m2 ? m1 : m2, T(1e-6));
+  const T longest = m1 > m2 ? m1 : m2;
+  const Scaling<T> by = scaling_of(longest, T(1e-6));
   const Sides<T> s = scaled(sides, by.shrink);
   const T inter = area_of(s.wi, s.hi);
   const T uni = area_of(s.w1, s.h1) + area_of(s.w2, s.h2) - inter;
   const T divisor = at_least(uni, by.eps), inverse = T(1) / divisor;
-  const T iou = quotient(inter, divisor, inverse);  // as a division: exactly 1 for equal boxes
+  // As a division: exactly 1 for equal boxes. The difference is 0, or NaN for an infinite side.
+  const T iou = quotient(inter, divisor, inverse) + (longest - longest);
   return {s, iou, inverse * by.shrink, uni < by.eps ? T(0) : iou};
 }
 

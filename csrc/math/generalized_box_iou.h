@@ -36,7 +36,8 @@ HQOD_HD Hull<T> hull_of(const Box<T>& a, const Box<T>& b) {
 template <typename T>
 HQOD_HD GeneralizedBoxIoU<T> generalized_box_iou(const Box<T>& a, const Box<T>& b, T eps) {
   const Hull<T> hull = hull_of(a, b);
-  const Scaling<T> by = scaling_of(hull.w > hull.h ? hull.w : hull.h, eps);
+  const T longest = hull.w > hull.h ? hull.w : hull.h;
+  const Scaling<T> by = scaling_of(longest, eps);
   const Sides<T> s = scaled(sides_of(a, b), by.shrink);
   const T inter = area_of(s.wi, s.hi);
   const T uni = area_of(s.w1, s.h1) + area_of(s.w2, s.h2) - inter + by.eps;
@@ -44,7 +45,9 @@ HQOD_HD GeneralizedBoxIoU<T> generalized_box_iou(const Box<T>& a, const Box<T>& 
   const T per_uni = T(1) / uni, per_around = T(1) / around;
   const T iou = quotient(inter, uni, per_uni), r = quotient(uni, around, per_around);
   const T d_uni = iou * per_uni - per_around;  // U = area a + area b - I
-  return {(T(1) - iou) + (T(1) - r), by.shrink, (-per_uni - d_uni) * by.shrink, d_uni * by.shrink,
+  // NaN for an infinite side, as in box_iou.h.
+  const T loss = (T(1) - iou) + (T(1) - r) + (longest - longest);
+  return {loss, by.shrink, (-per_uni - d_uni) * by.shrink, d_uni * by.shrink,
           r * per_around * by.shrink};
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hqod_ops.quant.batches import call, evaluating
+from hqod_ops.quant.nn.derived import current
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.observers import gather
 from hqod_ops.quant.quantizers.base import Observed, Quantizer
@@ -37,7 +39,9 @@ def calibrate(
 
     The model runs over the batches in eval mode, with fake quantization off; then scales, signs of
     the inputs and numbers of levels are set, whatever they were before. The scales of the weights
-    are set here too, so load a float checkpoint before.
+    are set here too, so load a float checkpoint before. Where no input is quantized, one batch is
+    enough. A weight that no call of its layer uses, as where other code reads ``layer.weight``
+    itself, is never quantized: a warning names it.
 
     Batches should be training images, 256 in the official code, on the device of the model. In a
     distributed run every process calls it, with batches of its own or with none, before the model
@@ -85,7 +89,7 @@ def calibrate(
     if steps is not None and steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     layers = [module for module in model.modules() if isinstance(module, QATLayer)]
-    weights = {m.weight_quantizer: m.weight for m in layers if m.weight_quantizer is not None}
+    weights = {m.weight_quantizer: m for m in layers if m.weight_quantizer is not None}
     inputs = [q for q in model.modules() if isinstance(q, Quantizer) and q not in weights]
     if not weights and not inputs:
         raise ValueError("model: expected a model from prepare_qat, it has no quantizer")
@@ -99,6 +103,7 @@ def calibrate(
         _raise_failures(seen, everyone, bool(inputs))
         _merge(inputs, everyone)
         observed = [*everyone[0].weights, *(_input_scale(quantizer) for quantizer in inputs)]
+    _warn_unused(weights, everyone)
     for quantizer, values in zip([*weights, *inputs], observed, strict=True):
         quantizer.set_scale(*values)
     return model
@@ -112,6 +117,8 @@ class _Seen:
     """What calibration is to set for each weight."""
     inputs: list[list[Any]] = field(default_factory=list)
     """The observers' statistics of every input and level."""
+    used: list[bool] = field(default_factory=list)
+    """Whether each weight was used."""
     batches: int = 0
     error: Exception | None = None
 
@@ -140,7 +147,7 @@ def _observing(weights: Iterable[Quantizer], inputs: Iterable[Quantizer]) -> Ite
 
 def _look(
     model: _Model,
-    weights: dict[Quantizer, Tensor],
+    weights: dict[Quantizer, QATLayer],
     inputs: list[Quantizer],
     batches: Iterable[Any],
     forward: Callable[[_Model, Any], object] | None,
@@ -148,12 +155,14 @@ def _look(
     """The statistics of this process. An error is kept: the other processes wait for an answer."""
     seen = _Seen()
     try:
-        seen.weights = [_weight_scale(q, weight) for q, weight in weights.items()]
-        if inputs:
-            for batch in batches:
+        seen.weights = [_weight_scale(q, current(layer)) for q, layer in weights.items()]
+        with _noting_use(weights) as used:
+            # Without inputs to look at, one batch shows which weights are used.
+            for batch in batches if inputs else islice(batches, 1):
                 reset_levels(model)
                 call(model, batch, forward)
                 seen.batches += 1
+        seen.used = [quantizer in used for quantizer in weights]
         seen.inputs = [quantizer.observed_state() for quantizer in inputs]
     except Exception as error:
         seen.error = error
@@ -168,6 +177,38 @@ def _raise_failures(seen: _Seen, everyone: list[_Seen], inputs: bool) -> None:
             raise RuntimeError(f"calibration failed in process {rank}: {other.error}")
     if inputs and not any(other.batches for other in everyone):
         raise ValueError("batches: expected at least one batch, got none")
+
+
+@contextmanager
+def _noting_use(weights: Iterable[Quantizer]) -> Iterator[set[nn.Module]]:
+    """The quantizers of weights that are called."""
+    used: set[nn.Module] = set()
+
+    def note(quantizer: nn.Module, _args: Any) -> None:
+        used.add(quantizer)
+
+    handles = [quantizer.register_forward_pre_hook(note) for quantizer in weights]
+    try:
+        yield used
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _warn_unused(weights: Iterable[Quantizer], everyone: list[_Seen]) -> None:
+    if not any(seen.batches for seen in everyone):
+        return
+    used = [any(flags) for flags in zip(*(seen.used for seen in everyone), strict=True)]
+    unused = [quantizer for quantizer, flag in zip(weights, used, strict=True) if not flag]
+    names = [quantizer.label.removesuffix(".weight_quantizer") for quantizer in unused]
+    if names:
+        warnings.warn(
+            f"{', '.join(names)}: the weight has a quantizer, but no call of the layer used it in "
+            "calibration: other code reads the weight itself, and stays in float, or the forward "
+            f"leaves the layer out. Call the layer, or leave it out with Rule({names[0]!r}, "
+            "skip=True)",
+            stacklevel=4,
+        )
 
 
 def _merge(inputs: list[Quantizer], everyone: list[_Seen]) -> None:
@@ -194,8 +235,9 @@ def _input_scale(quantizer: Quantizer) -> Observed:
     if observed is None:
         name = quantizer.label.removesuffix(".input_quantizer")
         raise ValueError(
-            f"{name}: no data reached this layer in calibration; give a forward that runs it, or "
-            f"leave it out with Rule({name!r}, skip=True)"
+            f"{name}: no data reached this layer in calibration (also where other code reads its "
+            "weight and does not call it); give a forward that runs it, or leave it out with "
+            f"Rule({name!r}, skip=True)"
         )
     return observed
 

@@ -100,18 +100,29 @@ def load_float_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> No
         state_dict (mapping): of the float model.
 
     Raises:
-        KeyError: keys are missing or unknown; it names them.
+        ValueError: keys are missing or unknown; it names them.
         RuntimeError: shapes differ.
     """
     prefixes = _quantizer_prefixes(model)
     expected = {name for name in model.state_dict() if not name.startswith(prefixes)}
     missing, unknown = expected - set(state_dict), set(state_dict) - expected
     if missing or unknown:
-        raise KeyError(
+        raise ValueError(
             f"state_dict: expected the keys of the float model; missing: {_names(missing)}, "
-            f"unknown: {_names(unknown)}"
+            f"unknown: {_names(unknown)}{_prefix_hint(missing, unknown)}"
         )
     model.load_state_dict(state_dict, strict=False)
+
+
+def _prefix_hint(missing: set[str], unknown: set[str]) -> str:
+    """What to do where the keys have a prefix that a wrapper of the model has put there."""
+    for prefix in ("module.", "_orig_mod.", "model."):
+        if missing and missing <= {key.removeprefix(prefix) for key in unknown}:
+            return (
+                f"; they have the prefix {prefix!r} of a wrapper: give "
+                f"{{key.removeprefix({prefix!r}): value for key, value in state_dict.items()}}"
+            )
+    return ""
 
 
 def _names(keys: set[str], most: int = 6) -> str:

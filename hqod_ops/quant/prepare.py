@@ -13,7 +13,8 @@ from hqod_ops.quant.dataflow.attach import ExpectedModules
 from hqod_ops.quant.dataflow.fold import fold_batch_norm
 from hqod_ops.quant.dataflow.producers import place_on_producers
 from hqod_ops.quant.nn.batch_norm import freeze_batch_norm
-from hqod_ops.quant.nn.layers import TWINS, QATLayer
+from hqod_ops.quant.nn.layers import QATLayer
+from hqod_ops.quant.nn.twins import attach_attention, twin_class, without_fast_path
 from hqod_ops.quant.nn.weight_pool import WeightPool
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.base import Quantizer
@@ -35,7 +36,11 @@ def prepare_qat(
     """Turn a float model into a QAT model, in place.
 
     Every ``Conv2d``, ``ConvTranspose2d`` and ``Linear`` becomes its twin (:class:`QATLayer`), which
-    fake-quantizes its weight and its input; nothing is traced, so any control flow works. Batch
+    fake-quantizes its weight and its input; nothing is traced, so any control flow works. So do the
+    four projections of ``MultiheadAttention`` (``in_proj_q``, ``in_proj_k``, ``in_proj_v`` and
+    ``out_proj``), and layers of a subclass whose forward gives the weight to ``F.conv2d`` and the
+    like once, where these are quantized; other subclasses stay in float, with a warning. Layers of
+    fixed whole numbers, such as YOLO's ``dfl.conv``, are no layers to train and stay. Batch
     normalisation is left as it is, and trains, unless ``config.batch_norm`` says otherwise. Next,
     run :func:`calibrate`; until then, the model raises an error when it is called.
     :func:`plan_qat` shows what will be done. With ``config.placement="producers"`` inputs are
@@ -101,9 +106,11 @@ def prepare_qat(
         freeze_batch_norm(model)
     for name, (weight_quantizer, input_quantizer) in quantizers.items():
         if plan[name].quantized:
-            TWINS[type(layers[name])].from_float(
+            twin_class(layers[name]).from_float(
                 layers[name], weight_quantizer=weight_quantizer, input_quantizer=input_quantizer
             )
+    attach_attention(layers)
+    without_fast_path(model)
     state = track_calls(model)
     state.expected = ExpectedModules(model)
     if config.foreach:
@@ -114,11 +121,12 @@ def prepare_qat(
     return model
 
 
+@torch.inference_mode(False)
 def _quantizers(
     layer: nn.Module, name: str, plan: LayerPlan
 ) -> tuple[Quantizer | None, Quantizer | None]:
     """The quantizers of a layer's weight and input."""
-    twin = TWINS[type(layer)]
+    twin = twin_class(layer)
     weight = layer.weight
     assert isinstance(weight, torch.Tensor)
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hqod_ops.quant.batches import call, evaluating
 from hqod_ops.quant.config.qat_config import FLOAT_BITS
+from hqod_ops.quant.nn.derived import current, sources
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.quantizers.base import Quantizer
 from hqod_ops.tables import bits_text, text_table
@@ -238,7 +239,7 @@ def _row(name: str, layer: QATLayer, shares: dict[Quantizer, list[_Share]]) -> L
     clipped = zero = None
     if weights is not None and weights.calibrated:
         share = _Share()
-        share.add(weights, layer.weight, 0)
+        share.add(weights, current(layer), 0)
         clipped, zero = share.shares()
     act_levels = range(inputs.levels) if inputs is not None and inputs.calibrated else range(0)
     act_shares = [s.shares() for s in shares.get(inputs, [])] if inputs is not None else []
@@ -268,16 +269,24 @@ def _sizes(model: nn.Module, layers: Sequence[QATLayer]) -> tuple[float, float]:
     """Size in MB with the weights at their bits, and in float."""
     quantizers = [m for m in model.modules() if isinstance(m, Quantizer)]
     inside = {id(t) for q in quantizers for t in (*q.parameters(), *q.buffers())}
+    weights: dict[Any, tuple[Tensor, int]] = {}  # a derived one in place of what it is made from
+    for layer in layers:
+        made_from = sources(layer)
+        inside.update(map(id, made_from))
+        bits = FLOAT_BITS if layer.weight_quantizer is None else layer.weight_quantizer.bits
+        if made_from or bits != FLOAT_BITS:
+            key = (
+                (getattr(layer, "part", ""), *map(id, made_from)) if made_from else id(layer.weight)
+            )
+            weights[key] = current(layer), bits
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in inside}
-    bits = {
-        id(layer.weight): layer.weight_quantizer.bits
-        for layer in layers
-        if layer.weight_quantizer is not None
-    }
-    full = sum(t.numel() * t.element_size() for t in tensors.values())
-    packed = sum(
-        -(-t.numel() * bits[key] // 8) if key in bits else t.numel() * t.element_size()
-        for key, t in tensors.items()
+    for key in weights:
+        tensors.pop(key, None)
+    rest = sum(t.numel() * t.element_size() for t in tensors.values())
+    full = rest + sum(w.numel() * w.element_size() for w, _ in weights.values())
+    packed = rest + sum(
+        w.numel() * w.element_size() if bits == FLOAT_BITS else -(-w.numel() * bits // 8)
+        for w, bits in weights.values()
     )
     scales = sum(getattr(q, q.values[0]).numel() for q in quantizers)
     return (packed + 4 * scales) / 1e6, full / 1e6

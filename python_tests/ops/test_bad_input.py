@@ -323,6 +323,14 @@ DEBUG_CASES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "foreach": (lambda: fake_quant_foreach([X, X], [S, -S], **W4), ("entry 1", "scale", "-0.1")),
     "x NaN": (lambda: fake_quant(X * NAN, S, **W4), ("x: ", "finite", "nan")),
     "zero point": (lambda: fake_quant(X, S, S * NAN, **W4), ("zero_point", "finite", "nan")),
+    "zero point above": (
+        lambda: fake_quant(X, S, S * 0 + 8, **W4),
+        ("zero_point: expected values in [-8, 7]", "8.0"),
+    ),
+    "zero point below": (
+        lambda: fake_quant_foreach([X], [S], [S * 0 - 8.6], **W4),
+        ("entry 0", "zero_point: expected values in [-8, 7]", "-8.6"),
+    ),
     "weight": (lambda: hqod_loss(B, B, P, weight=P * NAN), ("weight", "finite", "nan")),
 }
 

@@ -179,14 +179,19 @@ def test_models_that_cannot_be_prepared() -> None:
         calibrate(Net(), batches())
 
 
-def test_subclasses_stay_float_and_are_named() -> None:
-    class Odd(nn.Conv2d):
+def test_subclasses_are_quantized_or_stay_float_and_are_named() -> None:
+    class Plain(nn.Conv2d):
         pass
 
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), Odd(4, 4, 1))
-    with pytest.warns(UserWarning, match=r"1 \(Odd\)"):
+    class Odd(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.conv2d(x, self.weight * 2)
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Odd(4, 4, 1), Plain(4, 4, 1))
+    with pytest.warns(UserWarning, match=r"1 \(Odd\): its forward does not"):
         prepare_qat(model, "w8a8")
     assert type(model[0]) is QATConv2d and type(model[1]) is Odd
+    assert isinstance(model[2], QATConv2d) and isinstance(model[2], Plain)
 
 
 def test_uncalibrated_model_raises_naming_the_layer() -> None:
@@ -449,7 +454,7 @@ def test_a_checkpoint_of_another_layout_names_the_keys() -> None:
     with pytest.raises(RuntimeError, match=r"log2_threshold"):
         prepare_qat(Net(), QATConfig(4, 4, weight_quantizer="tqt")).load_state_dict(state)
     with pytest.raises(
-        KeyError, match=r"missing: .*body\.0\.bias.* and \d+ more, unknown: .*module"
+        ValueError, match=r"missing: .*body\.0\.bias.* and \d+ more, unknown: .*module"
     ):
         load_float_state_dict(model, {f"module.{key}": value for key, value in state.items()})
 

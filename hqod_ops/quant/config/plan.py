@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,9 +19,9 @@ from hqod_ops.quant.config.qat_config import (
     changed,
     get_config,
 )
-from hqod_ops.quant.nn.layers import TWINS, QATLayer
+from hqod_ops.quant.nn.layers import float_class
+from hqod_ops.quant.nn.twins import find_layers, layer_kind
 from hqod_ops.quant.patterns import Patterns
-from hqod_ops.quant.quantizers.base import Quantizer
 from hqod_ops.quant.quantizers.registry import check_quantizer, default_observer
 from hqod_ops.tables import bits_text, text_table
 
@@ -159,9 +158,7 @@ def plan_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: QATCo
     first = [pattern for argument, pattern in edge_layers if argument == "first"]
     plan = Plan(
         {
-            name: _plan_layer(
-                name, type(layer), config, rules, any(fnmatchcase(name, p) for p in first)
-            )
+            name: _plan_layer(name, layer, config, rules, any(fnmatchcase(name, p) for p in first))
             for name, layer in layers.items()
         }
     )
@@ -171,12 +168,12 @@ def plan_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: QATCo
 
 
 def _plan_layer(
-    name: str, kind: type[nn.Module], config: QATConfig, rules: list[Rule], image: bool
+    name: str, layer: nn.Module, config: QATConfig, rules: list[Rule], image: bool
 ) -> LayerPlan:
     settings = {key: getattr(config, key) for key in _SETTINGS}
     skip = False
     for rule in rules:
-        if rule.fits(name, kind):
+        if rule.fits(name, layer_kind(layer)):
             _apply(settings, rule)
             skip = skip if rule.skip is None else rule.skip
     if skip:
@@ -185,7 +182,7 @@ def _plan_layer(
         if settings[f"{part}_init"] is None:
             quantizer = settings[f"{part}_quantizer"]
             settings[f"{part}_init"] = default_observer(part, quantizer, image)
-    plan = LayerPlan(type=kind.__name__, **settings)
+    plan = LayerPlan(type=float_class(layer).__name__, **settings)
     try:
         if plan.weight_bits != FLOAT_BITS:
             check_quantizer("weight", plan.weight_quantizer, plan.weight_options, plan.per_channel)
@@ -215,22 +212,4 @@ def float_layers(model: nn.Module) -> dict[str, nn.Module]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    layers: dict[str, nn.Module] = {}
-    odd: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, (QATLayer, Quantizer)):
-            raise ValueError(
-                "model: expected a float model, "
-                f"{name or type(model).__name__!r} is prepared already"
-            )
-        if type(module) in TWINS:
-            layers[name] = module
-        elif isinstance(module, tuple(TWINS)):
-            odd.append(f"{name} ({type(module).__name__})")
-    if odd:
-        warnings.warn(
-            f"layers of a subclass of Conv2d, ConvTranspose2d or Linear stay in float: "
-            f"{', '.join(odd)}",
-            stacklevel=3,
-        )
-    return layers
+    return find_layers(model)

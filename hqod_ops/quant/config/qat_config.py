@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from hqod_ops.quant.nn.layers import TWINS
+from hqod_ops.quant.nn.twins import TWINS
 from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS, as_int
 from hqod_ops.quant.patterns import Patterns, as_tuple
 from hqod_ops.quant.quantizers.lsq import SCALE_MODES

@@ -12,7 +12,9 @@ from torch import nn
 
 from hqod_ops.quant.batches import call, evaluating
 from hqod_ops.quant.dataflow.run import run_dataflow
-from hqod_ops.quant.nn.layers import TWINS
+from hqod_ops.quant.nn.derived import current, rewrite
+from hqod_ops.quant.nn.layers import float_class
+from hqod_ops.quant.nn.twins import TWINS
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -52,14 +54,19 @@ def fold_batch_norm(
     """
     norms = {name: m for name, m in model.named_modules() if _can_fold(m)}
     pairs = _pairs(model, list(norms.values()), batch, forward)
-    for module in norms.values():
-        if module in pairs:
-            _fold(pairs[module], module)
+    problems = {norm: _fold(layer, norm) for norm, layer in pairs.items()}
+    pairs = {norm: layer for norm, layer in pairs.items() if problems[norm] is None}
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if child in pairs:
                 setattr(parent, name, nn.Identity())
-    left = [name for name, module in norms.items() if module not in pairs]
+    for name, module in norms.items():
+        if problems.get(module) is not None:
+            warnings.warn(
+                f"{name}: the batch normalisation stays: of the layer before, {problems[module]}",
+                stacklevel=2,
+            )
+    left = [name for name, module in norms.items() if module not in problems]
     if left:
         warnings.warn(
             "batch normalisations without one layer of their own before them stay: "
@@ -83,7 +90,7 @@ def _pairs(
     forward: Callable[[_Model, Any], object] | None,
 ) -> dict[nn.Module, nn.Module]:
     """The layer to fold each batch normalisation into."""
-    layers = [m for m in model.modules() if type(m) in TWINS]
+    layers = [m for m in model.modules() if float_class(m) in TWINS]
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     with torch.no_grad(), evaluating(model):
         flow = run_dataflow(model, {*layers, *norms}, lambda: call(model, batch, forward))
@@ -96,26 +103,35 @@ def _pairs(
         for layer in layers
         if {read.site and read.site.what for read in flow.reads.get(norm, ())} == {layer}
         and readers[layer] == {norm}
-        and all(owners[id(p)] == 1 for p in layer.parameters(recurse=False))
+        and all(owners[id(p)] == 1 for p in layer.parameters())
     }
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
-def _fold(layer: Any, norm: Any) -> None:
+def _fold(layer: Any, norm: Any) -> str | None:
+    """Fold a batch normalisation into a layer, or say why that cannot be."""
     factor = (norm.running_var + norm.eps).rsqrt()
     if norm.weight is not None:
-        factor = factor * norm.weight
+        factor = factor * current(norm, "weight")
     shift = -norm.running_mean * factor
     if norm.bias is not None:
-        shift = shift + norm.bias
-    axis = TWINS[type(layer)].weight_ch_axis
+        shift = shift + current(norm, "bias")
+    axis = TWINS[float_class(layer)].weight_ch_axis
     groups = layer.groups if axis == 1 else 1  # of a transposed convolution, which counts within
-    shape = [1] * layer.weight.dim()
+    weight = current(layer)
+    shape = [1] * weight.dim()
     shape[axis] = -1
-    weights = layer.weight.chunk(groups)
+    weights = weight.chunk(groups)
     factors = [part.reshape(shape) for part in factor.chunk(groups)]
-    layer.weight.copy_(torch.cat([w * f for w, f in zip(weights, factors, strict=True)]))
+    folded = torch.cat([w * f for w, f in zip(weights, factors, strict=True)])
+    problem = rewrite(layer, "weight", folded)
+    if problem is not None:
+        return problem
     if layer.bias is None:
-        layer.bias = nn.Parameter(shift.to(layer.weight))
-    else:
-        layer.bias.copy_(layer.bias * factor + shift)
+        layer.bias = nn.Parameter(shift.to(weight))
+        return None
+    problem = rewrite(layer, "bias", current(layer, "bias") * factor + shift)
+    if problem is not None:
+        rewrite(layer, "weight", weight)
+    return problem

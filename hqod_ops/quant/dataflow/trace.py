@@ -19,9 +19,10 @@ from typing import Any
 from torch import fx, nn
 
 from hqod_ops.quant.dataflow.graph import INPLACE, Dataflow, Frame, Read, Recorder
-from hqod_ops.quant.nn.layers import TWINS
+from hqod_ops.quant.nn.attention import Projection
+from hqod_ops.quant.nn.twins import TWINS
 
-LAYERS = tuple(TWINS)
+LAYERS = (*TWINS, Projection)
 """The layers that are quantized; their twins are subclasses."""
 
 

@@ -24,6 +24,7 @@ from hqod_ops.quant.export.nms import NMS, append_nms
 from hqod_ops.quant.export.record import read_grids, record
 from hqod_ops.quant.export.trace import trace
 from hqod_ops.quant.export.verify import Verification, check_expressible, verify
+from hqod_ops.quant.nn.derived import settle, without_graph
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,9 @@ def export_onnx(
         raise ValueError(f"path: there is no directory {str(path.parent)!r}")
     limit = _opset_limit(opset)
     arguments = pytree.tree_map(_to_cpu, example if isinstance(example, tuple) else (example,))
+    without_graph(model)
     inventory = Inventory(copy.deepcopy(model).cpu().eval())
+    settle(inventory.model)
     inventory.verify()
     _check_dtypes(inventory.model, arguments)
     recording = record(inventory, arguments)

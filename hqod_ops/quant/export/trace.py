@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hqod_ops.quant.export._extras import require
 from hqod_ops.quant.export.evaluate import first_line
@@ -102,6 +102,8 @@ def _replace(inventory: Inventory, grids: Sequence[Grid]) -> None:
         quantizer.forward = functools.partial(quantize, name)  # type: ignore[method-assign]
     for name, (layer, quantizer) in inventory.weights.items():
         quantizer.enabled = False  # where all weights are quantized together, not here
+        # A part of a weight has a graph to the whole, which torch.export would mention.
+        weight = layer.weight if isinstance(layer.weight, nn.Parameter) else layer.weight.detach()
         layer.quantized_weight = functools.partial(  # type: ignore[method-assign]
-            placeholder, name, layer.weight
+            placeholder, name, weight
         )

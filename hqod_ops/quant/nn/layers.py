@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from hqod_ops.quant.quantizers.base import Quantizer
 
@@ -66,11 +67,11 @@ class QATLayer(nn.Module):
         Raises:
             TypeError: module is of another class.
         """
-        if type(module) is not cls.float_type:
+        if float_class(module) is not cls.float_type:
             raise TypeError(
                 f"module: expected a {cls.float_type.__name__}, got {type(module).__name__}"
             )
-        module.__class__ = cls
+        become(module, cls)
         assert isinstance(module, cls)
         module._attach(weight_quantizer, input_quantizer)
         return module
@@ -94,6 +95,29 @@ class QATLayer(nn.Module):
         if self.upstream is not None:
             return self.upstream(x)
         return _apply(self.input_quantizer, x)
+
+
+def float_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a layer, without torch's subclass for parametrizations."""
+    kind: type[nn.Module] = parametrize.type_before_parametrizations(module)
+    return kind
+
+
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of a module; its parametrizations stay."""
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        # Torch's subclass for this one module has the tensors as properties.
+        extras = {k: v for k, v in vars(kind).items() if k not in ("__module__", "__doc__")}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), extras)
+    module.__class__ = cls
+
+
+def as_leaf(module: nn.Module, proxy: Any, *args: Any, **kwargs: Any) -> Any:
+    """The call of a module as one node of a ``torch.fx`` trace: its forward is not traced."""
+    tracer = proxy.tracer
+    path = tracer.path_of_module(module)
+    return tracer.create_proxy("call_module", path, (proxy, *args), kwargs)
 
 
 def _apply(quantizer: Quantizer | None, x: Tensor) -> Tensor:
@@ -134,6 +158,8 @@ class QATConv2d(QATLayer, nn.Conv2d):
         self._attach(weight_quantizer, input_quantizer)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return cast(Tensor, as_leaf(self, input))
         x, weight = self.quantized_input(input), self.quantized_weight()
         output: Tensor = self._conv_forward(x, weight, self.bias)
         return output
@@ -162,6 +188,8 @@ class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
         self._attach(weight_quantizer, input_quantizer)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return cast(Tensor, as_leaf(self, input, output_size))
         shape: dict[str, Any] = {
             "stride": self.stride,
             "padding": self.padding,
@@ -199,10 +227,6 @@ class QATLinear(QATLayer, nn.Linear):
         self._attach(weight_quantizer, input_quantizer)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return cast(Tensor, as_leaf(self, input))
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
-
-
-TWINS: dict[type[nn.Module], type[QATLayer]] = {
-    twin.float_type: twin for twin in (QATConv2d, QATConvTranspose2d, QATLinear)
-}
-"""The twin of every float class that has one."""

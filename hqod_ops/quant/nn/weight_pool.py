@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hqod_ops.functional import fake_quant_foreach
+from hqod_ops.quant.nn.derived import is_derived
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.nn.shared_weight import SharedWeight
 from hqod_ops.quant.quantizers.base import ForeachForm
@@ -34,7 +35,7 @@ class WeightPool:
             quantizer = layer.weight_quantizer
             assert quantizer is not None and layer.shared_weight is not None
             layer.shared_weight.close()
-            if not quantizer.calibrated or not quantizer.enabled:
+            if not quantizer.calibrated or not quantizer.enabled or is_derived(layer):
                 continue  # the layer, if it is reached, raises the error or takes its own weight
             form = quantizer.foreach_form(layer.weight)
             if form is None:

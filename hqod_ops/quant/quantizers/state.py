@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hqod_ops.quant.observers import code_range
 from hqod_ops.quant.quantizers.calls import CountsCalls
@@ -118,6 +119,7 @@ class ScaleState(CountsCalls):
             self.code_range.copy_(torch.tensor(codes))
         self._codes = tuple(codes)
 
+    @torch.inference_mode(False)
     def _resize(self, shape: Iterable[int], levels: int) -> None:
         for name in self.values:
             value = getattr(self, name)
@@ -125,6 +127,8 @@ class ScaleState(CountsCalls):
                 # The parameter object stays, and with it optimizers and references made earlier.
                 value.data = value.new_ones(tuple(shape))
                 value.grad = None
+                if self.trained:
+                    _note_resized(value)
         if len(self.code_range) != levels:
             self.code_range = self.code_range.new_zeros(levels, 2)
 
@@ -185,6 +189,29 @@ class ScaleState(CountsCalls):
         own: Tensor = getattr(self, self.values[0])
         channels = () if self.ch_axis is None else tuple(own.shape[-1:])
         return (levels, *channels) if levels > 1 or not channels else channels
+
+
+_resized_hook: Any = None
+
+
+def _note_resized(parameter: Tensor) -> None:
+    """Let optimizers forget what they know of a parameter of another shape, when they step next."""
+    global _resized_hook
+    parameter._hqod_resized = True  # type: ignore[attr-defined]
+    if _resized_hook is None:
+        _resized_hook = register_optimizer_step_pre_hook(_forget_resized)
+
+
+def _forget_resized(optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not getattr(parameter, "_hqod_resized", False):
+                continue
+            values = optimizer.state.get(parameter, {}).values()
+            if any(
+                isinstance(v, Tensor) and v.dim() and v.shape != parameter.shape for v in values
+            ):
+                del optimizer.state[parameter]
 
 
 def per_level(numbers: Sequence[float], like: Tensor) -> Tensor:

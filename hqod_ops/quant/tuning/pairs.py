@@ -9,16 +9,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hqod_ops.quant.nn.attention import QATMultiheadAttention
 from hqod_ops.quant.nn.layers import QATLayer
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QATLayer]:
-    """The quantized layers by name.
+    """The quantized layers by name; without the projections of attention, which the float model
+    does not call as modules.
 
     Raises:
         ValueError: there is none.
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, QATLayer)}
+    attention = [m for m in model.modules() if isinstance(m, QATMultiheadAttention)]
+    within = {part for module in attention for part in module.children()}
+    found = {
+        name: m for name, m in model.named_modules() if isinstance(m, QATLayer) and m not in within
+    }
     if not found:
         raise ValueError("model: expected a model from prepare_qat, it has no quantized layer")
     return found

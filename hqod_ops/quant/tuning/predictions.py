@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from hqod_ops.quant.config.edge_layers import known_edges
-from hqod_ops.quant.nn.layers import TWINS
+from hqod_ops.quant.nn.twins import TWINS
 from hqod_ops.quant.patterns import Patterns, as_tuple
 
 

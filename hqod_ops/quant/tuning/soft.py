@@ -13,9 +13,10 @@ LOW, HIGH = -0.1, 1.1
 
 @torch.no_grad()
 def can_learn(layer: QATLayer) -> bool:
-    """Whether the quantizer of a layer's weight rounds the weight itself, not a function of it."""
+    """Whether the quantizer of a layer's weight rounds the weight itself, not a function of it, and
+    the layer does not make its weight anew for every pass."""
     quantizer, weight = layer.weight_quantizer, layer.weight
-    if quantizer is None or not quantizer.calibrated:
+    if quantizer is None or not quantizer.calibrated or "weight" not in layer._parameters:
         return False
     return torch.equal(quantizer.transform(weight).to(weight.dtype), weight)
 
