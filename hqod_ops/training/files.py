@@ -66,6 +66,14 @@ def saved_settings(directory: Path) -> dict[str, Any]:
     )
 
 
+def saved_shape(path: str | Path) -> tuple[int, int] | None:
+    """Height and width of the typical image of a checkpoint; None where it does not say them."""
+    state = read_checkpoint(path)
+    size = from_dict(state["config"]).data.size
+    height, width = state.get("image", (size, size))  # earlier versions left it to the settings
+    return (height, width) if isinstance(height, int) and height > 0 else None
+
+
 def read_result(directory: str | Path) -> dict[str, Any]:
     """The result of a finished run, with its settings under ``"config"``.
 

@@ -23,6 +23,7 @@ from hqod_ops.detection.models.detector import Detector
 from hqod_ops.detection.models.losses import total
 from hqod_ops.training import ConfigError
 from hqod_ops.training.batch import batch_images, training_targets
+from hqod_ops.training.data import image_shape
 from hqod_ops.training.files import CHECKPOINT, FORMAT, LOG
 from hqod_ops.training.optim import learning_rate, make_optimizer
 from hqod_ops.training.progress import progress_bar
@@ -95,6 +96,7 @@ class Trainer:
             "format": FORMAT,
             "config": to_dict(self.config),
             "categories": list(self.dataset.categories),
+            "image": list(image_shape(self.dataset)),
             "epoch": self.epoch,
             "history": self.history,
             "model": self.model.state_dict(),
