@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import shlex
 import sys
@@ -14,7 +15,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 FAILED = 1
-"""Exit code when training diverged."""
+"""Exit code when training diverged or a process that loads images died."""
 
 BAD_INPUT = 2
 """Exit code for a wrong option, path, setting or data set."""
@@ -305,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from hqod_ops._loader import check_environment
     from hqod_ops.detection.data import DataError
-    from hqod_ops.training import ConfigError
+    from hqod_ops.training import ConfigError, WorkerError
 
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "threads", None):
@@ -324,10 +325,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'hqod: {error}: pip install "hqod_ops[detection]"', file=sys.stderr)
         return BAD_INPUT
     except (ConfigError, DataError, ImportError, OSError) as error:
-        print(f"hqod: {' '.join(str(error).split())}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = arguments.hint if full else ""
+        print(f"hqod: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return BAD_INPUT
     except FloatingPointError as error:
         print(f"hqod: {error}", file=sys.stderr)
+        return FAILED
+    except WorkerError as error:
+        print(f"hqod: {error}{arguments.hint}", file=sys.stderr)
         return FAILED
 
 

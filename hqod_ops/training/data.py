@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -15,7 +16,7 @@ from hqod_ops.detection.data import (
     open_dataset,
 )
 from hqod_ops.detection.data.files import FileDataset
-from hqod_ops.training import ConfigError
+from hqod_ops.training import ConfigError, WorkerError
 from hqod_ops.training.settings import DataConfig
 
 _DIGITS = 96
@@ -140,6 +141,26 @@ def described(train: DetectionDataset, test: DetectionDataset) -> str:
 @lru_cache(maxsize=4)
 def _open_digits(split: str, size: int | None, **options: Any) -> DetectionDataset:
     return open_dataset("digits", split, size=size, **options)
+
+
+@contextmanager
+def workers_watched() -> Iterator[None]:
+    """Say what it means where a process that loads images dies, most often for want of memory.
+
+    Raises:
+        WorkerError: one did. torch raises it from a signal handler: anywhere, not only where the
+            next batch is asked for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not text.startswith("DataLoader worker"):
+            raise
+        raise WorkerError(
+            f"a process that loads images died ({text.partition(' It is possible')[0]}): fewer "
+            "data.workers need less memory"
+        ) from error
 
 
 def check_categories(name: str, owner: str, expected: Sequence[str], got: Sequence[str]) -> None:

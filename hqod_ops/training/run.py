@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from hqod_ops.training.files import (
     RESULT,
     read_checkpoint,
     saved_settings,
+    write_json,
 )
 from hqod_ops.training.reading import from_dict, to_dict
 from hqod_ops.training.settings import RunConfig
@@ -144,13 +144,11 @@ class Run:
         }
         # JSON knows no NaN: a metric without a value is null.
         known = {k: None if v != v else v for k, v in result.items()}
-        text = json.dumps(known, indent=2, allow_nan=False) + "\n"
-        (self.directory / RESULT).write_text(text, encoding="utf-8")
+        write_json(self.directory / RESULT, known)
         return result
 
     def _save_settings(self) -> None:
-        text = json.dumps(to_dict(self.config), indent=2) + "\n"
-        (self.directory / CONFIG).write_text(text, encoding="utf-8")
+        write_json(self.directory / CONFIG, to_dict(self.config))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
