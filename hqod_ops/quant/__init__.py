@@ -67,7 +67,17 @@ __all__ = [
     "use_level_batch_norm",
 ]
 
-_WINGS = ("config", "quantizers", "observers", "nn", "dataflow", "adapters", "export", "summary")
+_WINGS = [
+    "config",
+    "quantizers",
+    "observers",
+    "nn",
+    "dataflow",
+    "adapters",
+    "export",
+    "summary",
+    "tuning",
+]
 
 
 def __getattr__(name: str) -> Any:

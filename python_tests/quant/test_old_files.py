@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import hqod_ops.quant
 from hqod_ops.quant import load_config, prepare_qat, save_config
 from hqod_ops.quant.quantizers import Quantizer
 
@@ -81,3 +82,71 @@ def test_settings_are_written_as_they_were(tmp_path: Path) -> None:
     written = (tmp_path / "again.toml").read_text(encoding="utf-8").splitlines()
     # Settings that came later may stand between them.
     assert [line for line in written if line in lines] == lines
+
+
+NAMES = [
+    "DSQ",
+    "DoReFa",
+    "EMAMSE",
+    "EMAMinMax",
+    "ExportError",
+    "ExportReport",
+    "FLOAT_BITS",
+    "LSQ",
+    "LSQInit",
+    "LSQPlus",
+    "LayerPlan",
+    "LayerSummary",
+    "LevelBatchNorm2d",
+    "MSE",
+    "MinMax",
+    "MinMaxSTE",
+    "NMS",
+    "OBSERVERS",
+    "Observer",
+    "PACT",
+    "PRESETS",
+    "Percentile",
+    "Placement",
+    "Plan",
+    "PowerOfTwo",
+    "PowerOfTwoRange",
+    "QATConfig",
+    "QATConv2d",
+    "QATConvTranspose2d",
+    "QATLayer",
+    "QATLinear",
+    "QUANTIZERS",
+    "Quantizer",
+    "Rule",
+    "Summary",
+    "TQT",
+    "TQTFrozen",
+    "calibrate",
+    "detection_network",
+    "export_onnx",
+    "float_state_dict",
+    "fold_batch_norm",
+    "freeze_batch_norm",
+    "from_toml",
+    "load_config",
+    "load_float_state_dict",
+    "parameter_groups",
+    "place_on_producers",
+    "placement",
+    "plan_qat",
+    "prepare_qat",
+    "quantizer_parameters",
+    "reset_levels",
+    "save_config",
+    "summary",
+    "to_toml",
+    "use_level_batch_norm",
+]
+"""What ``hqod_ops.quant`` listed in 0.1."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_old_names(name: str) -> None:
+    """Scripts import them from where they were."""
+    assert getattr(hqod_ops.quant, name) is not None
