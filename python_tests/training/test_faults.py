@@ -166,10 +166,11 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     write_whole(path, bytes(5000))
 except OSError as error:
-    print(error.errno, path.read_bytes(), [p.name for p in path.parent.iterdir()])
+    name = pathlib.Path(error.filename).name
+    print(error.errno, name, path.read_bytes(), [p.name for p in path.parent.iterdir()])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == f"{errno.EFBIG} b'before' ['last.pt']\n"
+    assert done.stdout == f"{errno.EFBIG} last.pt b'before' ['last.pt']\n"
 
 
 def test_whole_files(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_whole_files(tmp_path: Path) -> None:
     for content in (b"one", memoryview(b"two")):
         write_whole(path, content)
         assert path.read_bytes() == bytes(content)
-    with pytest.raises(OSError, match="a.tmp"):
+    with pytest.raises(OSError, match="a.json"):
         write_whole(tmp_path / "missing" / "a.json", b"")
 
 
