@@ -162,7 +162,7 @@ def learn_rounding(
     odd = [n for n, m in layers.items() if m.weight_quantizer and not can_learn(m)]
     if odd:
         warnings.warn(
-            "learn_rounding: these weights are made anew, or rounded as a function of them, and their "
+            "learn_rounding: these weights are made anew or are not rounded as they are, and their "
             f"rounding stays: {', '.join(odd)}",
             stacklevel=2,
         )
