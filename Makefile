@@ -70,6 +70,11 @@ lint: $(VENV)/.installed ## format, style, types and file sizes
 test-torch: $(VENV)/.installed ## the op tests under other torches (TORCHES=), with the library as built
 	scripts/test_across_torch.sh "$(PYTHON)" $(TORCHES)
 
+.PHONY: test-external
+test-external: $(VENV)/.installed ## ours against others' suites and oracles (HQOD_PYTORCH=, HQOD_TORCHVISION=)
+	$(if $(HQOD_PYTORCH),python -m pip install --quiet expecttest)
+	python -m pytest -rs python_tests/external $(ARGS)
+
 .PHONY: sanitize
 sanitize: $(VENV)/.installed ## the op tests with AddressSanitizer and UndefinedBehaviorSanitizer
 	scripts/test_sanitized.sh $(ARGS)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +15,7 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 FAILED = 1
-"""Exit code when training diverged."""
+"""Exit code when training diverged or a process that loads images died."""
 
 BAD_INPUT = 2
 """Exit code for a wrong option, path, setting or data set."""
@@ -37,7 +39,7 @@ def _train(arguments: argparse.Namespace) -> int:
     run = Run(config, arguments.runs, resume=arguments.resume)
     if config.init and not arguments.resume:
         print(f"Starting from {config.init}")
-    run.train(progress=not arguments.quiet)
+    run.train(progress=not arguments.quiet, say=functools.partial(print, flush=True))
     print(markdown(aggregate([read_result(run.directory)])))
     print(f"Settings, log, checkpoint and result: {(run.directory / CONFIG).parent}")
     return 0
@@ -69,40 +71,59 @@ def _settings(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _eval(arguments: argparse.Namespace) -> int:
+def _test_images(arguments: argparse.Namespace, data: Any) -> Any:
+    """The test images of a run, or those that the options name in their place."""
     import dataclasses
 
-    from hqod_ops.training.build import choose_device, load_detector
-    from hqod_ops.training.data import check_categories, open_data
-    from hqod_ops.training.evaluate import evaluate
+    from hqod_ops.detection.data import DataError
+    from hqod_ops.training.data import open_data
 
-    model, config, categories = load_detector(arguments.checkpoint)
-    data = config.data
     if arguments.data is not None:
         data = dataclasses.replace(data, source=arguments.data)
     if arguments.split is not None:
         data = dataclasses.replace(data, test_split=arguments.split)
-    dataset = open_data(data)
+    try:
+        return open_data(data)
+    except DataError as error:
+        if arguments.data is not None or Path(data.source).exists():
+            raise
+        raise DataError(f"{error}; --data names where the images are now") from None
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from hqod_ops.training.build import choose_device, load_detector
+    from hqod_ops.training.data import check_categories
+    from hqod_ops.training.evaluate import evaluate
+
+    model, config, categories = load_detector(arguments.checkpoint)
+    dataset = _test_images(arguments, config.data)
     check_categories("--data", "of the model", categories, dataset.categories)
     model = model.to(choose_device(arguments.device or "auto"))
-    metrics, _ = evaluate(model, dataset, workers=data.workers, progress=not arguments.quiet)
+    metrics, _ = evaluate(model, dataset, workers=config.data.workers, progress=not arguments.quiet)
     for name, value in metrics.items():
         print(f"{name:12} {value:.4f}" if isinstance(value, float) else f"{name:12} {value}")
     return 0
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    import torch
+
     from hqod_ops.quant import NMS, detection_network, export_onnx
     from hqod_ops.training import ConfigError
+    from hqod_ops.training.batch import batch_images
     from hqod_ops.training.build import load_detector
-    from hqod_ops.training.data import open_data
+    from hqod_ops.training.files import saved_shape
 
     if arguments.nms and arguments.outputs == "raw":
         raise ConfigError("--nms: expected --outputs boxes, got raw")
     model, config, _ = load_detector(arguments.checkpoint)
     if not config.quantized:
         raise ConfigError(f"{arguments.checkpoint}: expected a quantized run, got one in float")
-    image, _ = open_data(config.data)[0]
+    shape = saved_shape(arguments.checkpoint)
+    if shape is None or arguments.data is not None or arguments.split is not None:
+        image, _ = _test_images(arguments, config.data)[0]
+    else:  # any values show whether the file computes what the model does
+        image = torch.rand(3, *shape, generator=torch.Generator().manual_seed(0))
     test, nms = config.test, None
     if arguments.nms:
         nms = NMS(test.score_threshold, test.nms_iou, test.max_detections)
@@ -111,7 +132,7 @@ def _export(arguments: argparse.Namespace) -> int:
     try:
         report = export_onnx(
             detection_network(model.eval(), outputs),
-            image[None],
+            batch_images([image], torch.device("cpu"), model.stride),
             arguments.out,
             opset=arguments.opset,
             nms=nms,
@@ -191,6 +212,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
         sub.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
 
+    def data(sub: argparse.ArgumentParser, meaning: str) -> None:
+        sub.add_argument("--data", metavar="digits|PATH", help=meaning)
+        sub.add_argument("--split", help="default: the test split of the run")
+
     train = command("train", _train, "Train a detector, in floating point or quantized.")
     option = train.add_argument
     option("--data", dest="data.source", metavar="digits|PATH", help="a path: COCO or VOC layout")
@@ -216,13 +241,13 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", _eval, "Evaluate a checkpoint.")
     evaluate.add_argument("checkpoint", type=Path, help="checkpoint, or directory of a run")
-    evaluate.add_argument("--data", metavar="digits|PATH", help="default: the data of the run")
-    evaluate.add_argument("--split", help="default: the test split of the run")
+    data(evaluate, "default: the data of the run")
     evaluate.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
     shared(evaluate)
 
     export = command("export", _export, "Write the network of a quantized run as ONNX.")
     export.add_argument("checkpoint", type=Path, help="checkpoint, or directory of a run")
+    data(export, "of the images whose size the file takes; default: that of the run's images")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .onnx file")
     export.add_argument(
         "--outputs", choices=("raw", "boxes"), help="predictions, or decoded boxes and scores"
@@ -281,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from hqod_ops._loader import check_environment
     from hqod_ops.detection.data import DataError
-    from hqod_ops.training import ConfigError
+    from hqod_ops.training import ConfigError, WorkerError
 
     arguments = _parser().parse_args(argv)
     if getattr(arguments, "threads", None):
@@ -300,10 +325,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'hqod: {error}: pip install "hqod_ops[detection]"', file=sys.stderr)
         return BAD_INPUT
     except (ConfigError, DataError, ImportError, OSError) as error:
-        print(f"hqod: {' '.join(str(error).split())}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = arguments.hint if full else ""
+        print(f"hqod: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return BAD_INPUT
     except FloatingPointError as error:
         print(f"hqod: {error}", file=sys.stderr)
+        return FAILED
+    except WorkerError as error:
+        print(f"hqod: {error}{arguments.hint}", file=sys.stderr)
         return FAILED
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hqod_ops import _checks
+from hqod_ops import checks
 from hqod_ops import functional as F
 
 
@@ -22,9 +22,9 @@ class HarmoniousIoULoss(nn.Module):
 
     def __init__(self, alpha: float = 1.5, gamma: float = 0.8, reduction: str = "mean") -> None:
         super().__init__()
-        _checks.number("alpha", alpha)
-        _checks.number("gamma", gamma)
-        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        checks.number("alpha", alpha)
+        checks.number("gamma", gamma)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
         self.alpha, self.gamma, self.reduction = alpha, gamma, reduction
 
     def forward(self, pred: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -54,8 +54,8 @@ class GeneralizedBoxIoULoss(nn.Module):
 
     def __init__(self, eps: float = 1e-7, reduction: str = "mean") -> None:
         super().__init__()
-        _checks.number("eps", eps)
-        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        checks.number("eps", eps)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
         self.eps, self.reduction = eps, reduction
 
     def forward(self, boxes1: Tensor, boxes2: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -81,9 +81,9 @@ class TCorrLoss(nn.Module):
         self, logits: bool = False, variant: str = "official", reduction: str = "mean"
     ) -> None:
         super().__init__()
-        _checks.flag("logits", logits)
-        _checks.choice("variant", variant, _checks.VARIANTS)
-        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        checks.flag("logits", logits)
+        checks.choice("variant", variant, checks.VARIANTS)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
         self.logits, self.variant, self.reduction = logits, variant, reduction
 
     def forward(self, scores: Tensor, ious: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -122,13 +122,13 @@ class HQODLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _checks.flag("logits", logits)
-        _checks.number("alpha", alpha)
-        _checks.number("gamma", gamma)
-        _checks.number("hiou_weight", hiou_weight)
-        _checks.number("tcorr_weight", tcorr_weight)
-        _checks.choice("variant", variant, _checks.VARIANTS)
-        _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+        checks.flag("logits", logits)
+        checks.number("alpha", alpha)
+        checks.number("gamma", gamma)
+        checks.number("hiou_weight", hiou_weight)
+        checks.number("tcorr_weight", tcorr_weight)
+        checks.choice("variant", variant, checks.VARIANTS)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
         self.logits, self.alpha, self.gamma, self.variant = logits, alpha, gamma, variant
         self.hiou_weight, self.tcorr_weight, self.reduction = hiou_weight, tcorr_weight, reduction
 
@@ -196,11 +196,11 @@ class FakeQuant(nn.Module):
         activation: str | None = None,
     ) -> None:
         super().__init__()
-        quant_min = _checks.integer("quant_min", quant_min)
-        quant_max = _checks.integer("quant_max", quant_max)
-        _checks.quant_range(quant_min, quant_max)
-        _checks.activation(activation)
-        _checks.grad_scale(grad_scale)
+        quant_min = checks.integer("quant_min", quant_min)
+        quant_max = checks.integer("quant_max", quant_max)
+        checks.quant_range(quant_min, quant_max)
+        checks.activation(activation)
+        checks.grad_scale(grad_scale)
         self.quant_min, self.quant_max = quant_min, quant_max
         self.ch_axis, self.grad_scale, self.activation = ch_axis, grad_scale, activation
         self.scale = nn.Parameter(torch.as_tensor(scale, dtype=torch.get_default_dtype()).clone())

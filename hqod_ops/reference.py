@@ -41,7 +41,7 @@ SHRUNK_EPS = 1e-30
 
 
 def _clamp(x: Tensor, low: float | Tensor, high: float = math.inf) -> Tensor:
-    """x within [low, high], with the gradient of x at the bounds (torch.clamp's went in 2.15)."""
+    """x within [low, high], with the gradient of x at the bounds (torch.clamp's went in 2.14)."""
     return torch.where(x < low, low, torch.where(x > high, high, x))
 
 

@@ -21,7 +21,7 @@ LAYERS = {
     "testing": {"core", "quant"},
     "cli": {"core", "quant", "integrations", "detection", "training"},
 }
-"""What a layer may import besides itself; the core is what lies in no folder, and _register."""
+"""What a layer may import besides itself; the core is all that lies in no folder of these names."""
 
 LIGHT = {"core", "quant"}
 """Layers that a bare installation imports."""
@@ -100,7 +100,7 @@ def test_no_layer_imports_one_above() -> None:
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("functional", "from hqod_ops.quant import LSQ"),
+        ("reference", "from hqod_ops.quant import LSQ"),
         ("quant/prepare", "import torchvision"),
         ("quant/prepare", "from hqod_ops.integrations import torchvision"),
         ("detection/evaluation", "def f():\n    from hqod_ops.training import run"),

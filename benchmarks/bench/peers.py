@@ -66,6 +66,15 @@ def _round_pass(x: Tensor) -> Tensor:
     return (x.round() - x).detach() + x
 
 
+def _clamp_levels(x: Tensor, low: int, high: int) -> Tensor:
+    """To between two levels, before rounding, with the gradient of x at them.
+
+    torch.clamp has it there before 2.14 alone, so its bounds lie a rounding error further out.
+    """
+    margin = 2 * torch.finfo(x.dtype).eps
+    return x.clamp(low - margin * max(abs(low), 1), high + margin * max(abs(high), 1))
+
+
 def lsq(
     x: Tensor, scale: Tensor, quant_min: int, quant_max: int, ch_axis: int | None, factor: float
 ) -> Tensor:
@@ -73,7 +82,7 @@ def lsq(
     scale = _scale_grad(scale, factor)
     if ch_axis is not None:
         scale = scale.reshape([-1 if axis == ch_axis else 1 for axis in range(x.dim())])
-    return (_round_pass((x / scale).clamp(quant_min, quant_max)) * scale).to(x.dtype)
+    return (_round_pass(_clamp_levels(x / scale, quant_min, quant_max)) * scale).to(x.dtype)
 
 
 def torch_learnable(

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from hqod_ops import reference
-from hqod_ops._checks import REDUCTIONS, VARIANTS
 from hqod_ops._register._autograd import differentiable
 from hqod_ops._register._fake import fake_gradient, one_device
+from hqod_ops.checks import REDUCTIONS, VARIANTS
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hqod_ops import _checks
+from hqod_ops import checks
 from hqod_ops.functional import hqod_loss
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -51,11 +51,11 @@ class Terms:
     terms: str = "hqod"
 
     def __post_init__(self) -> None:
-        _checks.number("hiou_weight", self.hiou_weight)
-        _checks.number("tcorr_weight", self.tcorr_weight)
-        _checks.choice("variant", self.variant, _checks.VARIANTS)
-        _checks.choice("normaliser", self.normaliser, _NORMALISERS)
-        _checks.choice("terms", self.terms, dict.fromkeys(_TERMS, 0))
+        checks.number("hiou_weight", self.hiou_weight)
+        checks.number("tcorr_weight", self.tcorr_weight)
+        checks.choice("variant", self.variant, checks.VARIANTS)
+        checks.choice("normaliser", self.normaliser, _NORMALISERS)
+        checks.choice("terms", self.terms, dict.fromkeys(_TERMS, 0))
 
     def __call__(
         self, pred: Tensor, target: Tensor, scores: Tensor, divisor: float | Tensor, *, logits: bool

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hqod_ops.detection.data import DetectionDataset
 from hqod_ops.detection.models.atss import ATSS
@@ -112,12 +113,15 @@ def load_float(model: Detector, config: RunConfig, categories: Sequence[str]) ->
     if from_dict(state["config"]).quantized:
         raise ConfigError(f"init: expected the checkpoint of a float model, got {config.init}")
     check_categories("init", "of the data", categories, state["categories"])
+    problem = f"init: the network of {config.init} differs from that of this run's settings"
+    _load_weights(model, state["model"], problem)
+
+
+def _load_weights(model: Detector, weights: Mapping[str, Tensor], problem: str) -> None:
     try:
-        model.load_state_dict(state["model"])
-    except RuntimeError:
-        raise ConfigError(
-            f"init: the network of {config.init} differs from that of this run's settings"
-        ) from None
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:  # torch's, a quantizer's
+        raise ConfigError(problem) from error
 
 
 def load_detector(path: str | Path) -> tuple[Detector, RunConfig, list[str]]:
@@ -138,5 +142,6 @@ def load_detector(path: str | Path) -> tuple[Detector, RunConfig, list[str]]:
     model = build_model(config, len(state["categories"]))
     if config.quantized:
         quantize(model, config)
-    model.load_state_dict(state["model"])
+    problem = f"{path}: its weights do not fit the network of its settings"
+    _load_weights(model, state["model"], problem)
     return model.eval(), config, state["categories"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -10,10 +12,18 @@ from hqod_ops.detection.data import (
     DataError,
     DetectionDataset,
     RandomHorizontalFlip,
+    Resize,
     open_dataset,
 )
-from hqod_ops.training import ConfigError
+from hqod_ops.detection.data.files import FileDataset
+from hqod_ops.training import ConfigError, WorkerError
 from hqod_ops.training.settings import DataConfig
+
+_DIGITS = 96
+_MULTIPLE = 32
+"""Of the shorter side that is chosen for images: the stride of the deeper detectors."""
+_LONGEST = 640
+"""The longest shorter side that is chosen."""
 
 
 def open_data(config: DataConfig, *, train: bool = False) -> DetectionDataset:
@@ -28,6 +38,7 @@ def open_data(config: DataConfig, *, train: bool = False) -> DetectionDataset:
         DataError: the data cannot be used; the message is one line.
         ConfigError: an option is out of its range.
     """
+    config = settled(config)
     digits, size = config.source == "digits", config.size or None
     test_split = config.test_split or ("test" if digits else "val")
     split = config.train_split if train else test_split
@@ -44,13 +55,15 @@ def open_data(config: DataConfig, *, train: bool = False) -> DetectionDataset:
         data = open_dataset(
             config.source,
             split,
-            size=size,
+            size=None if size == "auto" else size,
             short_side=config.short_side or None,
-            max_side=config.max_side or None,
+            max_side=(config.max_side or None) if size != "auto" else None,
             transform=RandomHorizontalFlip() if train and config.flip else None,
             categories=config.categories or None,
             orientation=config.orientation,
         )
+        if size == "auto" and isinstance(data, FileDataset):
+            data.resize = _typical_size(data, config.max_side)
         if train:
             data.require_boxes()
         return data
@@ -65,10 +78,89 @@ def open_data(config: DataConfig, *, train: bool = False) -> DetectionDataset:
         raise ConfigError(f"data.{text}") from None
 
 
+def settled(config: DataConfig, dataset: DetectionDataset | None = None) -> DataConfig:
+    """The settings with sizes in pixels where these are known, in the place of "auto".
+
+    Args:
+        config (DataConfig): settings.
+        dataset (DetectionDataset, optional): the images that they opened. Default: None, sizes are
+            known where the data need not be looked at
+    """
+    if config.size != "auto":
+        return config
+    if config.source == "digits":
+        return replace(config, size=_DIGITS)
+    if config.short_side:
+        return replace(config, size=0)
+    if isinstance(dataset, FileDataset):
+        resize = dataset.resize
+        return replace(
+            config, size=0, short_side=resize.short_side or 0, max_side=resize.max_side or 0
+        )
+    return config
+
+
+def _typical_size(dataset: FileDataset, max_side: int) -> Resize:
+    """The shape kept, and the shorter side that of the median image within limits."""
+    short = int(dataset.sizes.min(dim=1).values.median())
+    short = min(-(-short // _MULTIPLE) * _MULTIPLE, _LONGEST)
+    return Resize(short_side=short, max_side=max_side or 2 * short)
+
+
+def image_shape(dataset: DetectionDataset) -> tuple[int, int]:
+    """Height and width of a typical image: that of median size, of files."""
+    if isinstance(dataset, FileDataset):
+        width, height = dataset.resize(*dataset.sizes.median(dim=0).values.tolist())
+        return height, width
+    height, width = dataset.load(0)[0].shape[1:]
+    return height, width
+
+
+def described(train: DetectionDataset, test: DetectionDataset) -> str:
+    """What a run has to say of its images before it starts: how many, their boxes, their size."""
+    parts = []
+    for name, dataset in (("train on", train), ("test on", test)):
+        text = f"{len(dataset)} to {name}"
+        if isinstance(dataset, FileDataset):
+            counts = dataset.box_counts
+            text += (
+                f" with {counts.usable} boxes ({counts.clipped} clipped at the border, "
+                f"{counts.dropped} dropped)"
+            )
+        parts.append(text)
+    height, width = image_shape(train)
+    size = f"of {width} x {height} pixels"
+    if isinstance(train, FileDataset):
+        before = " x ".join(map(str, train.sizes.median(dim=0).values.tolist()))
+        how = "stretched" if train.resize.size else "scaled"
+        size = f"{how} from {before} to {width} x {height} pixels (median; data.size)"
+    return f"Images: {', '.join(parts)}; {size}"
+
+
 # Scenes take seconds to draw and no run changes them, so the runs of a process share them.
 @lru_cache(maxsize=4)
 def _open_digits(split: str, size: int | None, **options: Any) -> DetectionDataset:
     return open_dataset("digits", split, size=size, **options)
+
+
+@contextmanager
+def workers_watched() -> Iterator[None]:
+    """Say what it means where a process that loads images dies, most often for want of memory.
+
+    Raises:
+        WorkerError: one did. torch raises it from a signal handler: anywhere, not only where the
+            next batch is asked for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not text.startswith("DataLoader worker"):
+            raise
+        raise WorkerError(
+            f"a process that loads images died ({text.partition(' It is possible')[0]}): fewer "
+            "data.workers need less memory"
+        ) from error
 
 
 def check_categories(name: str, owner: str, expected: Sequence[str], got: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from hqod_ops.detection.evaluation import coco_results, evaluate_coco
 from hqod_ops.detection.harmony import HarmonyReport, harmony_report
 from hqod_ops.detection.models.detector import Detections, Detector
 from hqod_ops.training.batch import batch_images
+from hqod_ops.training.data import workers_watched
 from hqod_ops.training.progress import progress_bar
 
 _EVALUATION_BATCH = 64
@@ -43,7 +44,7 @@ def predict(
     )
     outputs: list[Detections] = []
     truth: list[Target] = []
-    with progress_bar("evaluate", len(loader), enabled=progress) as advance:
+    with workers_watched(), progress_bar("evaluate", len(loader), enabled=progress) as advance:
         for images, targets in loader:
             found = model.detect(batch_images(images, device, model.stride))
             outputs += [_on_cpu(entry, image) for entry, image in zip(found, images, strict=True)]

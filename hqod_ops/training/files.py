@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
+from msgspec import Meta
+from torch import Tensor
 
+from hqod_ops.detection.models.options import WholeNumber
 from hqod_ops.training import ConfigError
 from hqod_ops.training.reading import current, from_dict, read, to_dict
 
@@ -18,6 +25,44 @@ HARMONY = "harmony.npz"
 RESULT = "result.json"
 FORMAT = 1
 """Of the checkpoints."""
+
+_Side = Annotated[int, Meta(ge=1, le=2**16)]
+
+
+@dataclass
+class _Checkpoint:
+    """What a checkpoint holds at least; anybody may have written the file."""
+
+    format: Literal[1]
+    config: dict[str, Any]
+    categories: Annotated[list[str], Meta(min_length=1)]
+    epoch: WholeNumber
+    history: list[dict[str, Any]]
+    model: dict[str, Tensor]
+    image: tuple[_Side, _Side] | None = None
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is either whole or, after a crash or on a full disk, as it was before.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    part = path.with_suffix(".tmp")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # the new name must not reach the disk before the content
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Plain data as a file that a person can read, by :func:`write_whole`."""
+    write_whole(path, (json.dumps(values, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -38,9 +83,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         first = str(error).partition("\n")[0]
         raise ConfigError(f"{path}: not a readable checkpoint: {first}") from None
-    known = isinstance(state, dict) and state.get("format") == FORMAT
-    if not known or not isinstance(state.get("config"), dict):
-        raise ConfigError(f"{path}: expected a checkpoint written by hqod train")
+    try:
+        msgspec.convert(state, _Checkpoint)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: expected a checkpoint written by hqod train: {error}") from None
     return {**state, "config": current(state["config"])}
 
 
@@ -64,6 +110,16 @@ def saved_settings(directory: Path) -> dict[str, Any]:
     raise ConfigError(
         f"{directory}: expected a run to resume, found neither {CHECKPOINT} nor {CONFIG}"
     )
+
+
+def saved_shape(path: str | Path) -> tuple[int, int] | None:
+    """Height and width of the typical image of a checkpoint; None where it does not say them."""
+    state = read_checkpoint(path)
+    if state.get("image"):
+        height, width = state["image"]
+        return height, width
+    size = from_dict(state["config"]).data.size  # of earlier versions: the settings alone say it
+    return (size, size) if isinstance(size, int) and size > 0 else None
 
 
 def read_result(directory: str | Path) -> dict[str, Any]:

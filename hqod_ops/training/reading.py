@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import textwrap
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -219,8 +220,10 @@ def _one_line(message: str, values: Mapping[str, Any]) -> str:
     for part in re.findall(r"[^.\[\]]+", path):
         value = value[int(part)] if isinstance(value, list | tuple) else value[part]
         kind = typing.get_type_hints(kind)[part] if dataclasses.is_dataclass(kind) else kind
-    if message.startswith("Invalid enum"):
-        wanted = f"expected one of {', '.join(map(repr, typing.get_args(kind)))}"
+    words = list(_words(kind))
+    if message.startswith("Invalid enum") or (words and "| str`" in message):
+        also = "int or " if typing.get_origin(kind) is not typing.Literal else "one of "
+        wanted = f"expected {also}{', '.join(map(repr, words))}"
     else:
         wanted = message.split(", got `")[0].replace("`", "").replace(" | null", "")
         wanted = wanted.replace("Expected array", "expected a list")
@@ -228,6 +231,15 @@ def _one_line(message: str, values: Mapping[str, Any]) -> str:
         wanted = wanted.replace(f"<= {sys.float_info.max}", "< inf")
         wanted = wanted[0].lower() + wanted[1:]
     return f"{path}: {wanted}, got {value!r}"
+
+
+def _words(kind: Any) -> Iterator[str]:
+    """The strings that a setting may be, where it is one of a few, or a number instead."""
+    if typing.get_origin(kind) is typing.Literal:
+        yield from typing.get_args(kind)
+    elif typing.get_origin(kind) in (typing.Union, types.UnionType):
+        for part in typing.get_args(kind):
+            yield from _words(part)
 
 
 def describe() -> str:

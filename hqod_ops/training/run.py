@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 
 from hqod_ops.training import ConfigError
 from hqod_ops.training.build import build_model, choose_device, load_float, quantize, set_scales
-from hqod_ops.training.data import check_categories, open_data
+from hqod_ops.training.data import check_categories, described, open_data, settled
 from hqod_ops.training.evaluate import evaluate
 from hqod_ops.training.files import (
     CHECKPOINT,
@@ -20,6 +20,7 @@ from hqod_ops.training.files import (
     RESULT,
     read_checkpoint,
     saved_settings,
+    write_json,
 )
 from hqod_ops.training.reading import from_dict, to_dict
 from hqod_ops.training.settings import RunConfig
@@ -55,7 +56,8 @@ class Run:
 
     def __init__(self, config: RunConfig, runs: Path, *, resume: bool = False) -> None:
         # Read again, since settings made in Python were not checked yet.
-        self.config, self.directory = from_dict(to_dict(config)), runs / config.name
+        config, self.directory = from_dict(to_dict(config)), runs / config.name
+        self.config = replace(config, data=settled(config.data))
         self._state: dict[str, Any] | None = None
         checkpoint = self.directory / CHECKPOINT
         if checkpoint.is_file():
@@ -68,7 +70,15 @@ class Run:
         elif resume and (self.directory / CONFIG).is_file():
             self._check_same(saved_settings(self.directory))
 
-    def _check_same(self, saved: dict[str, Any]) -> None:
+    def _take_sizes(self, saved: Mapping[str, Any]) -> None:
+        """Sizes that are left open are those of an earlier run."""
+        if self.config.data.size == "auto":
+            data = from_dict(saved).data
+            sizes = {name: getattr(data, name) for name in ("size", "short_side", "max_side")}
+            self.config = replace(self.config, data=replace(self.config.data, **sizes))
+
+    def _check_same(self, saved: Mapping[str, Any]) -> None:
+        self._take_sizes(saved)
         before, now = (dict(_flat(to_dict(c))) for c in (from_dict(saved), self.config))
         for name in now.keys() - _MAY_CHANGE:
             if before.get(name) != now[name]:
@@ -77,11 +87,15 @@ class Run:
                     f"{now[name]!r}"
                 )
 
-    def train(self, *, progress: bool = True) -> dict[str, Any]:
+    def train(
+        self, *, progress: bool = True, say: Callable[[str], object] | None = None
+    ) -> dict[str, Any]:
         """Train to the end, evaluate, and write the result.
 
         Args:
             progress (bool): show progress bars where the output is a terminal. Default: True
+            say (callable, optional): takes a line about the images, before the training. Default:
+                None
 
         Returns:
             dict: the metrics, ``seconds`` of training, ``epochs``, ``parameters``.
@@ -90,18 +104,25 @@ class Run:
             ValueError: data or settings cannot be used; the message is one line.
             Interrupted: Ctrl-C; the run can be resumed.
         """
-        config, device = self.config, choose_device(self.config.device)
+        device = choose_device(self.config.device)
         # First of all: a run that is stopped before its first checkpoint is resumed by this file.
         self.directory.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(to_dict(config), indent=2) + "\n"
-        (self.directory / CONFIG).write_text(text, encoding="utf-8")
-        torch.manual_seed(config.seed)
-        dataset = open_data(config.data, train=True)
+        self._save_settings()
+        torch.manual_seed(self.config.seed)
+        if self.config.init and self._state is None:
+            self._take_sizes(read_checkpoint(self.config.init)["config"])
+        dataset = open_data(self.config.data, train=True)
+        config = replace(self.config, data=settled(self.config.data, dataset))
+        if config != self.config:
+            self.config = config
+            self._save_settings()
         # Opened before the training, so that a mistake in it does not cost hours.
         test = open_data(config.data)
         check_categories(
             "data.test_split", "of data.train_split", dataset.categories, test.categories
         )
+        if say is not None:
+            say(described(dataset, test))
         model = build_model(config, len(dataset.categories)).to(device)
         if config.init and self._state is None:
             load_float(model, config, dataset.categories)
@@ -123,9 +144,11 @@ class Run:
         }
         # JSON knows no NaN: a metric without a value is null.
         known = {k: None if v != v else v for k, v in result.items()}
-        text = json.dumps(known, indent=2, allow_nan=False) + "\n"
-        (self.directory / RESULT).write_text(text, encoding="utf-8")
+        write_json(self.directory / RESULT, known)
         return result
+
+    def _save_settings(self) -> None:
+        write_json(self.directory / CONFIG, to_dict(self.config))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -36,9 +36,13 @@ class DataConfig:
         source (str): "digits", or the directory of a COCO or Pascal VOC data set.
         train_split (str): split to train on.
         test_split (str): split to test on; "" is "test" of the digits and "val" of other data.
-        size (int): side of the square that images are brought to; 0 keeps their size.
-        short_side (int): with size 0: length of the shorter side of images from files; 0 keeps it.
-        max_side (int): with short_side: limit of the longer side; 0 for none.
+        size (int or "auto"): side of the square that images are stretched to; 0 keeps their size.
+            "auto" is 96 for digits; images from files keep their shape: the shorter side is
+            short_side or else that of the median image, to a multiple of 32 and at most 640; of a
+            run that starts from another one (init), what that had.
+        short_side (int): length of the shorter side of images from files; 0 keeps it.
+        max_side (int): limit of the longer side; 0 for none, or twice a shorter side that "auto"
+            finds.
         categories (list of str): names of the classes by label, for data from files that does not
             say them or says too many; empty takes those of the data.
         orientation (str): of photographs with an EXIF orientation: "auto" turns a picture where the
@@ -56,7 +60,7 @@ class DataConfig:
     source: str = "digits"
     train_split: str = "train"
     test_split: str = ""
-    size: WholeNumber = 96
+    size: WholeNumber | Literal["auto"] = "auto"
     short_side: WholeNumber = 0
     max_side: WholeNumber = 0
     categories: tuple[str, ...] = ()

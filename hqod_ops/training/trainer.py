@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,8 @@ from hqod_ops.detection.models.detector import Detector
 from hqod_ops.detection.models.losses import total
 from hqod_ops.training import ConfigError
 from hqod_ops.training.batch import batch_images, training_targets
-from hqod_ops.training.files import CHECKPOINT, FORMAT, LOG
+from hqod_ops.training.data import image_shape, workers_watched
+from hqod_ops.training.files import CHECKPOINT, FORMAT, LOG, write_whole
 from hqod_ops.training.optim import learning_rate, make_optimizer
 from hqod_ops.training.progress import progress_bar
 from hqod_ops.training.reading import to_dict
@@ -95,6 +96,7 @@ class Trainer:
             "format": FORMAT,
             "config": to_dict(self.config),
             "categories": list(self.dataset.categories),
+            "image": list(image_shape(self.dataset)),
             "epoch": self.epoch,
             "history": self.history,
             "model": self.model.state_dict(),
@@ -103,21 +105,33 @@ class Trainer:
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        path = self.directory / CHECKPOINT
-        torch.save(state, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+        # To a file, torch would hide why it cannot be written.
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_whole(self.directory / CHECKPOINT, content.getbuffer())
         lines = "".join(json.dumps(entry) + "\n" for entry in self.history)
-        (self.directory / LOG).write_text(lines, encoding="utf-8")
+        write_whole(self.directory / LOG, lines.encode())
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint (:func:`hqod_ops.training.files.read_checkpoint`)."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.epoch, self.history = state["epoch"], state["history"]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        """Continue from a checkpoint (:func:`hqod_ops.training.files.read_checkpoint`).
+
+        Raises:
+            ConfigError: it is damaged, or of another network.
+        """
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.epoch, self.history = state["epoch"], state["history"]
+            torch.set_rng_state(state["rng"])
+            if state["cuda_rng"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(state["cuda_rng"])
+        except Exception as error:  # of any kind, by whatever is wrong in it
+            what = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{self.directory}: cannot resume from its checkpoint: {type(error).__name__}: "
+                f"{what}"
+            ) from error
 
     def _batches(self) -> DataLoader[Any]:
         """The images of the coming epoch in their order; the incomplete last batch is left out."""
@@ -172,7 +186,7 @@ class Trainer:
             start=self.epoch * self.steps_per_epoch,
             enabled=progress,
         )
-        with bar as advance, _interrupt_between_steps() as interrupted:
+        with bar as advance, _interrupt_between_steps() as interrupted, workers_watched():
             while self.epoch < epochs:
                 self._epoch(advance, interrupted)
 

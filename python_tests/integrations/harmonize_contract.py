@@ -6,7 +6,7 @@ import copy
 import importlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -302,6 +302,12 @@ CHECKS = [
     check_autocast,
     check_accumulated,
 ]
+
+
+def pairs(names: Iterable[str], alike: Iterable[str]) -> list[tuple[str, Callable[[Case], None]]]:
+    """Every check of every case; of those whose loss is that of another what tells them apart."""
+    few = (check_values, check_prepared)
+    return [(n, check) for n in names for check in CHECKS if n not in alike or check in few]
 
 
 def check_compiled(case: Case) -> None:

@@ -188,8 +188,7 @@ def case(name: str) -> Case:
 CASES = {n: case(n) for n in ("RT-DETR", "RT-DETRv2", "D-FINE", "DETR", "Deformable DETR")}
 
 
-@pytest.mark.parametrize("check", contract.CHECKS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "check"), contract.pairs(CASES, ["RT-DETRv2"]))
 def test_contract(
     name: str, check: Callable[[Case], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

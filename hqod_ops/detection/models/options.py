@@ -10,6 +10,10 @@ from msgspec import Meta
 
 # The upper limit keeps infinity out, as the lower one does NaN.
 Count = Annotated[int, Meta(ge=1)]
+Width = Annotated[int, Meta(ge=1, le=2**16)]
+Blocks = Annotated[int, Meta(ge=1, le=1000)]
+Depth = Annotated[int, Meta(ge=0, le=1000)]
+"""Limits that no network reaches, and a mistyped number or a damaged file may."""
 WholeNumber = Annotated[int, Meta(ge=0)]
 Factor = Annotated[float, Meta(ge=0, le=sys.float_info.max)]
 Part = Annotated[float, Meta(ge=0, le=1)]
@@ -35,12 +39,12 @@ class ModelConfig:
     """
 
     kind: str = "atss"
-    stem: Count = 16
-    widths: tuple[Count, ...] = (16, 32, 64)
-    depths: tuple[Count, ...] = (1, 1, 1)
+    stem: Width = 16
+    widths: tuple[Width, ...] = (16, 32, 64)
+    depths: tuple[Blocks, ...] = (1, 1, 1)
     levels: Count = 2
-    channels: Count = 32
-    head_depth: WholeNumber = 2
+    channels: Width = 32
+    head_depth: Depth = 2
     groups: Count = 8
     level_norms: bool = False
     anchor_scale: Annotated[float, Meta(ge=0.25, le=sys.float_info.max)] = 3.0

@@ -18,7 +18,7 @@ from hqod_ops.quant.tuning.pairs import (
     hooked,
     quantized_layers,
 )
-from hqod_ops.quant.tuning.running import limited, require_batches, together
+from hqod_ops.quant.tuning.running import check_unwrapped, limited, require_batches, together
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -78,11 +78,7 @@ def correct_bias(
         >>> bool(error.mean(dim=(0, 2, 3)).abs().max() < 1e-6)
         True
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "model: expected a model that is not wrapped in DistributedDataParallel yet: it may "
-            "get biases"
-        )
+    check_unwrapped(model)
     places: dict[str, nn.Module] = {
         **quantized_layers(model),
         **{

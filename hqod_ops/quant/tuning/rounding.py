@@ -162,8 +162,8 @@ def learn_rounding(
     odd = [n for n, m in layers.items() if m.weight_quantizer and not can_learn(m)]
     if odd:
         warnings.warn(
-            "learn_rounding: these weights are made anew or are not rounded as they are, and their "
-            f"rounding stays: {', '.join(odd)}",
+            "learn_rounding: these weights are made anew, or rounded as a function of them, and "
+            f"their rounding stays: {', '.join(odd)}",
             stacklevel=2,
         )
     with evaluating(model), evaluating(float_model):

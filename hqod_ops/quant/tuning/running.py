@@ -28,6 +28,19 @@ def network(model: _Model) -> _Model:
     return model
 
 
+def check_unwrapped(model: nn.Module) -> None:
+    """Check that biases can be made: a wrapper would not know of them.
+
+    Raises:
+        ValueError: the model is wrapped in ``DistributedDataParallel``.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "model: expected a model that is not wrapped in DistributedDataParallel yet: it may "
+            "get biases"
+        )
+
+
 def limited(batches: Iterable[_Item], steps: int | None) -> Iterable[_Item]:
     """So many batches at most.
 

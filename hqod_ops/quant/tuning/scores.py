@@ -14,7 +14,7 @@ from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.tuning.pairs import Followers, channel_axis, check_same, hooked
 from hqod_ops.quant.tuning.predictions import prediction_layers, select
-from hqod_ops.quant.tuning.running import limited, require_batches, together
+from hqod_ops.quant.tuning.running import check_unwrapped, limited, require_batches, together
 from hqod_ops.quant.tuning.soft import can_learn
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -81,11 +81,7 @@ def calibrate_scores(
         >>> shift() < 0.1 * before
         True
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise ValueError(
-            "model: expected a model that is not wrapped in DistributedDataParallel yet: it may "
-            "get biases"
-        )
+    check_unwrapped(model)
     names = prediction_layers(model) if layers is None else select("layers", model, layers)
     if not names:
         raise ValueError(

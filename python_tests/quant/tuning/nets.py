@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.quant import QATConfig, calibrate, prepare_qat
+from hqod_ops.quant.quantizers import Quantizer
 
 
 class Shared(nn.Module):
@@ -66,6 +67,14 @@ def quantized(model: nn.Module, bits: int = 4, **options: Any) -> Any:
     """A calibrated copy."""
     config = QATConfig(bits, options.pop("act_bits", 8), per_channel=True, **options)
     return calibrate(prepare_qat(copy.deepcopy(model), config), images(), progress=False)
+
+
+def unquantized(made: Any) -> Any:
+    """A prepared model whose quantizers pass their inputs on."""
+    for module in made.modules():
+        if isinstance(module, Quantizer):
+            module.enabled = False
+    return made
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hqod_ops.quant import QATConfig, calibrate, float_state_dict, prepare_qat
 from hqod_ops.quant.tuning import correct_bias, reestimate_batch_norm
-from python_tests.quant.tuning.nets import error, images, quantized, trained
+from python_tests.quant.tuning.nets import error, images, quantized, trained, unquantized
 from python_tests.ranks import run_ranks
 
 
@@ -73,9 +73,7 @@ def test_transposed_and_linear_layers() -> None:
 def test_without_quantization_nothing_changes() -> None:
     model = trained()
     made = quantized(model)
-    for module in made.modules():
-        if hasattr(module, "enabled"):
-            module.enabled = False
+    unquantized(made)
     before = copy.deepcopy(made.state_dict())
     correct_bias(made, model, images())
     after = made.state_dict()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hqod_ops.quant import QATConfig, calibrate, prepare_qat
 from hqod_ops.quant.tuning import learn_rounding, reestimate_batch_norm
-from python_tests.quant.tuning.nets import error, images, quantized, trained
+from python_tests.quant.tuning.nets import error, images, quantized, trained, unquantized
 from python_tests.ranks import run_ranks
 
 QUICK: dict[str, Any] = {"steps": 40, "batch_size": 8, "progress": False}
@@ -84,9 +84,7 @@ def test_without_quantization_nothing_changes() -> None:
             layer = made.get_submodule(name)
             weight.copy_(layer.quantized_weight())
             weights(model)[name].copy_(weight)
-    for module in made.modules():
-        if hasattr(module, "enabled"):
-            module.enabled = False
+    unquantized(made)
     before = copy.deepcopy(made.state_dict())
     learn_rounding(made, model, images(), **QUICK)
     assert all(torch.equal(v, before[n]) for n, v in made.state_dict().items())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hqod_ops.quant import QATConfig, calibrate, prepare_qat
 from hqod_ops.quant.tuning import calibrate_scores
-from python_tests.quant.tuning.nets import error, images, quantized, trained
+from python_tests.quant.tuning.nets import error, images, quantized, trained, unquantized
 from python_tests.ranks import run_ranks
 
 
@@ -76,9 +76,7 @@ class Listed(nn.Module):
 def test_without_quantization_nothing_changes() -> None:
     model = trained()
     made = quantized(model)
-    for module in made.modules():
-        if hasattr(module, "enabled"):
-            module.enabled = False
+    unquantized(made)
     calibrate_scores(made, model, images())
     # Sums in float64, a bias in float32.
     torch.testing.assert_close(made.logits.weight, model.logits.weight, rtol=1e-5, atol=1e-6)

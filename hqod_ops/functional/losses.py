@@ -1,17 +1,16 @@
-"""The documented contract of every op: it checks, then makes one call into the backend.
+"""The documented contract of IoU and the losses: each checks, then makes one call into the backend.
 
 The formulas are in :mod:`hqod_ops.reference` (plain PyTorch) and ``csrc/math`` (native).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from hqod_ops import _checks, _debug
+from hqod_ops import _debug, checks
 from hqod_ops._loader import backend as _backend
 from hqod_ops.reference import _reduce
 
@@ -64,7 +63,7 @@ def aligned_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """
     if _autocast(boxes1, boxes2):
         boxes1, boxes2 = _widen(boxes1), _widen(boxes2)
-    _checks.box_pair("boxes1", boxes1, "boxes2", boxes2)
+    checks.box_pair("boxes1", boxes1, "boxes2", boxes2)
     if _debug.active():
         _debug.boxes("boxes1", boxes1)
         _debug.boxes("boxes2", boxes2)
@@ -116,11 +115,11 @@ def harmonious_iou_loss(
     """
     if _autocast(pred, target):
         pred, target, weight = _widen(pred), _widen(target), _widen(weight)
-    shape = _checks.box_pair("pred", pred, "target", target)
-    _checks.sample_weight(weight, shape, "pred", pred)
-    _checks.number("alpha", alpha)
-    _checks.number("gamma", gamma)
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    shape = checks.box_pair("pred", pred, "target", target)
+    checks.sample_weight(weight, shape, "pred", pred)
+    checks.number("alpha", alpha)
+    checks.number("gamma", gamma)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
     if _debug.active():
         _debug.boxes("pred", pred)
         _debug.boxes("target", target)
@@ -180,10 +179,10 @@ def generalized_box_iou_loss(
     """
     if _autocast(boxes1, boxes2):
         boxes1, boxes2, weight = _widen(boxes1), _widen(boxes2), _widen(weight)
-    shape = _checks.box_pair("boxes1", boxes1, "boxes2", boxes2)
-    _checks.sample_weight(weight, shape, "boxes1", boxes1)
-    _checks.number("eps", eps)
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    shape = checks.box_pair("boxes1", boxes1, "boxes2", boxes2)
+    checks.sample_weight(weight, shape, "boxes1", boxes1)
+    checks.number("eps", eps)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
     if _debug.active():
         _debug.boxes("boxes1", boxes1)
         _debug.boxes("boxes2", boxes2)
@@ -246,13 +245,13 @@ def tcorr_loss(
     """
     if _autocast(scores, ious):
         scores, ious, weight = _widen(scores), _widen(ious), _widen(weight)
-    _checks.floating("scores", scores)
+    checks.floating("scores", scores)
     shape = scores.shape
-    _checks.per_sample("ious", ious, shape, "scores", scores)
-    _checks.sample_weight(weight, shape, "scores", scores)
-    _checks.flag("logits", logits)
-    _checks.choice("variant", variant, _checks.VARIANTS)
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
+    checks.per_sample("ious", ious, shape, "scores", scores)
+    checks.sample_weight(weight, shape, "scores", scores)
+    checks.flag("logits", logits)
+    checks.choice("variant", variant, checks.VARIANTS)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
     if _debug.active():
         _debug.finite("scores", scores)
         _debug.finite("ious", ious)
@@ -324,17 +323,17 @@ def hqod_loss(
     if _autocast(pred, target, scores):
         pred, target, scores = _widen(pred), _widen(target), _widen(scores)
         weight = _widen(weight)
-    shape = _checks.box_pair("pred", pred, "target", target)
-    _checks.per_sample("scores", scores, shape, "pred", pred)
-    _checks.sample_weight(weight, shape, "pred", pred)
-    _checks.flag("logits", logits)
-    _checks.number("alpha", alpha)
-    _checks.number("gamma", gamma)
-    _checks.number("hiou_weight", hiou_weight)
-    _checks.number("tcorr_weight", tcorr_weight)
-    _checks.choice("variant", variant, _checks.VARIANTS)
-    _checks.choice("reduction", reduction, _checks.REDUCTIONS)
-    _checks.average(avg_factor, reduction)
+    shape = checks.box_pair("pred", pred, "target", target)
+    checks.per_sample("scores", scores, shape, "pred", pred)
+    checks.sample_weight(weight, shape, "pred", pred)
+    checks.flag("logits", logits)
+    checks.number("alpha", alpha)
+    checks.number("gamma", gamma)
+    checks.number("hiou_weight", hiou_weight)
+    checks.number("tcorr_weight", tcorr_weight)
+    checks.choice("variant", variant, checks.VARIANTS)
+    checks.choice("reduction", reduction, checks.REDUCTIONS)
+    checks.average(avg_factor, reduction)
     if _debug.active():
         _debug.boxes("pred", pred)
         _debug.boxes("target", target)
@@ -348,186 +347,3 @@ def hqod_loss(
         total = _backend().hqod_loss(*terms, weight, None, "sum")
         return total / avg_factor if pred.numel() else total * avg_factor  # 0, and in the graph
     return _backend().hqod_loss(*terms, weight, avg_factor, reduction)
-
-
-def _float_zero_point(zero_point: Tensor, scale: Tensor) -> Tensor:
-    """An integer zero point in the dtype of the scale."""
-    if not isinstance(zero_point, Tensor) or not isinstance(scale, Tensor):
-        return zero_point  # the checks will refuse them
-    if zero_point.dtype.is_floating_point or zero_point.dtype.is_complex:
-        return zero_point
-    return zero_point.to(scale.dtype)
-
-
-def _codes(name: str, values: int | Sequence[int], xs: Sequence[Tensor]) -> list[int]:
-    """One code for each of xs, given as one for all or as a list."""
-    listed = list(values) if isinstance(values, Sequence) else [values] * len(xs)
-    _checks.one_each(name, listed, xs)
-    return listed
-
-
-def _grad_scale(grad_scale: float | str | None) -> float | str:
-    _checks.grad_scale(grad_scale)
-    return 1.0 if grad_scale is None else grad_scale
-
-
-def fake_quant(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-    *,
-    quant_min: int,
-    quant_max: int,
-    ch_axis: int | None = None,
-    grad_scale: float | str | None = None,
-    activation: str | None = None,
-) -> Tensor:
-    """Quantize and dequantize, with gradients to x, the scale and the zero point (LSQ, LSQ+).
-
-    ``q = clamp(round(x / scale) + round(zero_point), quant_min, quant_max)`` and
-    ``y = (q - round(zero_point)) * scale``, rounding half to even, with a true division, as ONNX
-    defines QuantizeLinear and DequantizeLinear.
-
-    Args:
-        x (Tensor[*]): weights or activations, any dense layout; y keeps it.
-        scale (Tensor[1] or Tensor[C]): step size, in units of x; C is the size of ``ch_axis``. The
-            dtype of x, or float32 with a half x. A non-positive scale is not rejected: see
-            :func:`hqod_ops.debug`.
-        zero_point (Tensor[1] or Tensor[C], optional): code of the value 0, with the dtype of scale
-            (learned) or an integer dtype (fixed). Default: None, symmetric
-        quant_min (int), quant_max (int): the codes' range, such as -8 and 7 or 0 and 15.
-        ch_axis (int, optional): axis with a scale of its own for every index; may be negative.
-            Default: None, one scale for all
-        grad_scale (float or str, optional): factor of the gradients to scale and zero point;
-            ``"lsq"`` is 1 / sqrt(x.numel() / C * quant_max). Default: None, 1
-        activation (str, optional): ``"relu"`` or ``"relu6"``, applied to x first, in the same pass:
-            equal in value and gradient to quantizing ``relu(x)``, without its tensor. Default: None
-
-    Returns:
-        Tensor[*]: the shape, dtype and layout of x. NaN stays NaN.
-
-    Raises:
-        ValueError: wrong number of scales or zero points, devices differ, quant_min >= quant_max,
-            unknown activation.
-        TypeError: a dtype is not floating point, the dtypes do not fit, or an option is no number.
-        IndexError: ch_axis is out of range.
-
-    Gradient: straight-through. With code ``c = round(x / s) + round(z)`` before the clamp: inside
-    the range ``dx = dy``, ``ds = (q - z - x / s) dy``, ``dz = 0``; outside ``dx = 0``,
-    ``ds = (q - z) dy``, ``dz = -s dy``; ds and dz are summed over their elements and multiplied by
-    grad_scale. They are recomputed from x in one pass; differentiable once. A scale that requires
-    no gradient costs no reduction.
-
-    Source: LSQ (arXiv:1902.08153), LSQ+ (arXiv:2004.09576).
-
-    Example:
-        >>> import torch
-        >>> from hqod_ops import fake_quant
-        >>> x = torch.tensor([-1.2, -0.3, 0.26, 1.5], requires_grad=True)
-        >>> scale = torch.tensor(0.4, requires_grad=True)
-        >>> y = fake_quant(x, scale, quant_min=-2, quant_max=1)
-        >>> y.sum().backward()
-        >>> y.detach()
-        tensor([-0.8000, -0.4000,  0.4000,  0.4000])
-        >>> x.grad, scale.grad
-        (tensor([0., 1., 1., 0.]), tensor(-0.9000))
-    """
-    quant_min = _checks.integer("quant_min", quant_min)
-    quant_max = _checks.integer("quant_max", quant_max)
-    _checks.quant_range(quant_min, quant_max)
-    _checks.activation(activation)
-    if zero_point is not None:
-        zero_point = _float_zero_point(zero_point, scale)
-    axis = _checks.quant_params(x, scale, zero_point, ch_axis)
-    if _debug.active():
-        _debug.quantized(x, scale, zero_point, (quant_min, quant_max))
-    return _backend().fake_quant(
-        x,
-        scale,
-        zero_point,
-        quant_min=quant_min,
-        quant_max=quant_max,
-        ch_axis=axis,
-        grad_scale=_grad_scale(grad_scale),
-        activation=activation,
-    )
-
-
-def fake_quant_foreach(
-    xs: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    zero_points: Sequence[Tensor] | None = None,
-    *,
-    quant_min: int | Sequence[int],
-    quant_max: int | Sequence[int],
-    ch_axis: int | None = None,
-    grad_scale: float | str | None = None,
-) -> list[Tensor]:
-    """:func:`fake_quant` of many tensors in one call: a whole model's weights, say.
-
-    The results and gradients are those of a loop over :func:`fake_quant`; the call pays the fixed
-    cost of one op instead of one a tensor.
-
-    Args:
-        xs (sequence of Tensor[*]): tensors of one dtype and device, shapes free.
-        scales (sequence of Tensor[1] or Tensor[C_i]): one an x.
-        zero_points (sequence of Tensor, optional): one an x. Default: None, symmetric
-        quant_min (int or sequence of int), quant_max (int or sequence of int): the codes' range,
-            one for all or one an x.
-        ch_axis (int, optional): as in :func:`fake_quant`, for all. Default: None
-        grad_scale (float or str, optional): as in :func:`fake_quant`. Default: None, 1
-
-    Returns:
-        list of Tensor[*]: like xs.
-
-    Raises:
-        ValueError: lists of different lengths, and as :func:`fake_quant` for every entry.
-        TypeError, IndexError: as :func:`fake_quant` for every entry.
-
-    Gradient: as :func:`fake_quant`.
-
-    Source: LSQ (arXiv:1902.08153), LSQ+ (arXiv:2004.09576).
-
-    Example:
-        >>> import torch
-        >>> from hqod_ops import fake_quant_foreach
-        >>> weights = [torch.tensor([0.3, -2.0]), torch.tensor([0.9])]
-        >>> scales = [torch.tensor(0.5), torch.tensor(1.0)]
-        >>> fake_quant_foreach(weights, scales, quant_min=-2, quant_max=1)
-        [tensor([ 0.5000, -1.0000]), tensor([1.])]
-    """
-    xs, scales = list(xs), list(scales)
-    _checks.one_each("scales", scales, xs)
-    mins = _codes("quant_min", quant_min, xs)
-    maxs = _codes("quant_max", quant_max, xs)
-    zeros: list[Tensor | None] = [None] * len(xs)
-    if zero_points is not None:
-        _checks.one_each("zero_points", zero_points, xs)
-        zeros = [_float_zero_point(z, s) for z, s in zip(zero_points, scales, strict=True)]
-    debugging = _debug.active()
-    for index, (x, scale, zero, low, high) in enumerate(
-        zip(xs, scales, zeros, mins, maxs, strict=True)
-    ):
-        try:
-            mins[index] = _checks.integer("quant_min", low)
-            maxs[index] = _checks.integer("quant_max", high)
-            _checks.quant_range(mins[index], maxs[index])
-            _checks.quant_params(x, scale, zero, ch_axis)
-            _checks.alike("x", x, "xs[0]", xs[0])
-            if zero_points is not None and zero is None:
-                raise TypeError("zero_point: expected a Tensor, got None")
-            if debugging:
-                _debug.quantized(x, scale, zero, (mins[index], maxs[index]))
-        except (ValueError, TypeError, IndexError) as error:
-            raise type(error)(f"entry {index}: {error}") from None
-    if not xs:
-        return []
-    return _backend().fake_quant_foreach(
-        xs,
-        scales,
-        None if zero_points is None else zeros,
-        quant_min=mins,
-        quant_max=maxs,
-        ch_axis=ch_axis,
-        grad_scale=_grad_scale(grad_scale),
-    )
