@@ -179,21 +179,6 @@ def test_models_that_cannot_be_prepared() -> None:
         calibrate(Net(), batches())
 
 
-def test_subclasses_are_quantized_or_stay_float_and_are_named() -> None:
-    class Plain(nn.Conv2d):
-        pass
-
-    class Odd(nn.Conv2d):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.nn.functional.conv2d(x, self.weight * 2)
-
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), Odd(4, 4, 1), Plain(4, 4, 1))
-    with pytest.warns(UserWarning, match=r"1 \(Odd\): its forward does not"):
-        prepare_qat(model, "w8a8")
-    assert type(model[0]) is QATConv2d and type(model[1]) is Odd
-    assert isinstance(model[2], QATConv2d) and isinstance(model[2], Plain)
-
-
 def test_uncalibrated_model_raises_naming_the_layer() -> None:
     model = prepare_qat(Net())
     with pytest.raises(RuntimeError, match=r"stem\.input_quantizer.*never calibrated"):

@@ -138,6 +138,7 @@ def subclass_twin(kind: Any, twin: Any) -> type[QATLayer]:
     plain = kind.forward is twin.float_type.forward
     members: dict[str, Any] = {
         "float_type": kind,
+        "twin": twin,
         "base": twin.float_type,
         "weight_ch_axis": twin.weight_ch_axis,
         "__module__": kind.__module__,
@@ -151,11 +152,9 @@ def subclass_twin(kind: Any, twin: Any) -> type[QATLayer]:
 def _reduce(self: QATLayer, _protocol: int) -> Any:
     """How a copy or a pickle is made: the class has no name by which it could be found."""
     cls: Any = type(self)
-    return _rebuild, (cls.float_type, cls.base), vars(self)
+    return _rebuild, (cls.float_type, cls.twin), vars(self)
 
 
-def _rebuild(kind: type[nn.Module], base: type[nn.Module]) -> nn.Module:
-    from hqod_ops.quant.nn.twins import TWINS
-
-    cls = subclass_twin(kind, TWINS[base])
+def _rebuild(kind: type[nn.Module], twin: type[QATLayer]) -> nn.Module:
+    cls = subclass_twin(kind, twin)
     return cls.__new__(cls)
