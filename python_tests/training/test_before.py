@@ -7,6 +7,7 @@ stopped in its second epoch, with the log that the same version left when it wen
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -91,3 +92,22 @@ def test_finished_runs_are_reported_and_started_from(
     assert main(["report", str(runs)]) == 0
     printed = capsys.readouterr().out
     assert "| FP32 |" in printed and "| 4-bit LSQ + HQOD |" in printed
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("train", "load_detector"),
+        ("train", "open_data"),
+        ("train", "Run"),
+        ("config", "ModelConfig"),
+        ("config", "ConfigError"),
+        ("atss", "ATSS"),
+    ],
+)
+def test_modules_of_before(module: str, name: str) -> None:
+    """Scripts import these from where they were."""
+    old = importlib.import_module(f"hqod_ops.detection.{module}")
+    assert getattr(old, name).__name__ == name
+    with pytest.raises(AttributeError, match=f"hqod_ops.detection.{module}"):
+        old.nothing  # noqa: B018
