@@ -32,6 +32,7 @@ NEEDS = {
     "hqod_ops.integrations": ("torchvision",),
     "hqod_ops.integrations.transformers": ("transformers", "scipy"),
     "hqod_ops.integrations.ultralytics": ("ultralytics",),
+    "hqod_ops.training": ("torchvision", "pycocotools", "sklearn", "matplotlib", "msgspec", "rich"),
     "hqod_ops.quant.export": ("onnx", "onnxruntime", "onnxscript", "torchvision"),
 }
 

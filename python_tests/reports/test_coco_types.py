@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("torchvision")
+pytest.importorskip("pycocotools")
+
 from hqod_ops.detection.data import DataError, open_dataset
 from python_tests.reports.layouts import BOX, HEIGHT, WIDTH, coco, edited, save
-
-pytestmark = pytest.mark.require("PIL", "pycocotools")
 
 POLYGON = [[8, 6, 38, 6, 38, 30, 8, 30]]
 

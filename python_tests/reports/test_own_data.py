@@ -15,6 +15,10 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("torchvision")
+pytest.importorskip("pycocotools")
+pytest.importorskip("msgspec")
+
 from hqod_ops.cli import BAD_INPUT, main
 from hqod_ops.training.build import load_detector
 from hqod_ops.training.data import image_shape, open_data, settled
@@ -22,8 +26,6 @@ from hqod_ops.training.files import saved_shape
 from hqod_ops.training.reading import from_dict
 from hqod_ops.training.settings import DataConfig
 from python_tests.reports import layouts
-
-pytestmark = [pytest.mark.require("torchvision"), pytest.mark.require("pycocotools")]
 
 SMALL = [
     *("--set", "model.stem=8", "--set", "model.widths=[8, 8, 16]", "--set", "model.channels=8"),

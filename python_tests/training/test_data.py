@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torchvision")
+pytest.importorskip("pycocotools")
+pytest.importorskip("msgspec")
+
 from hqod_ops.detection.data import DataError
 from hqod_ops.training import ConfigError
 from hqod_ops.training.data import open_data
 from hqod_ops.training.settings import DataConfig
 from python_tests.reports import layouts
-
-pytestmark = [pytest.mark.require("torchvision"), pytest.mark.require("pycocotools")]
 
 
 def test_classes_by_name(tmp_path: Path) -> None:
