@@ -67,9 +67,9 @@ def parameter_groups(
 
 
 def _quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
-    return tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, Quantizer)
-    )
+    # A state_dict has the entries of a module under every name that leads to it.
+    modules = model.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, module in modules if isinstance(module, Quantizer))
 
 
 def float_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 
 from hqod_ops.quant import (
@@ -131,3 +132,19 @@ def test_an_optimizer_made_before_calibration_trains_the_scales() -> None:
     optimizer.step()
     after = quantizer_parameters(model)
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_float_state_of_a_shared_layer() -> None:
+    """A layer under two names is in the state_dict twice, quantizers and all."""
+
+    def made() -> nn.Sequential:
+        shared = nn.Conv2d(3, 3, 1)
+        return nn.Sequential(shared, nn.ReLU(), shared)
+
+    state = made().state_dict()
+    model = prepare_qat(made(), "w8a8", first=(), prediction=())
+    load_float_state_dict(model, state)
+    saved = float_state_dict(model)
+    assert saved.keys() == state.keys()
+    assert all(torch.equal(saved[name], value) for name, value in state.items())
+    made().load_state_dict(saved)
