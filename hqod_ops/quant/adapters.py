@@ -88,7 +88,7 @@ class DetectorNetwork(nn.Module):
 
     def predict(self, images: Tensor) -> tuple[tuple[Tensor, ...], Any]:
         """Raw predictions at every anchor, and what else :meth:`decode` needs."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: predict is not defined")
 
     def decode(
         self, images: Tensor, features: Any, raw: tuple[Tensor, ...]
@@ -97,7 +97,7 @@ class DetectorNetwork(nn.Module):
 
         The index of a class is the label that the detector gives it.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}: decode is not defined")
 
 
 class Adapter:

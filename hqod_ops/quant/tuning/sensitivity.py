@@ -118,8 +118,9 @@ class Sensitivity:
         pyplot = requirer("detection")("matplotlib.pyplot", "matplotlib")
         tables = {kind: found for kind in KINDS if (found := self.of(kind))}
         height = 1.5 + 0.22 * len(self.weights)
-        figure, axes = pyplot.subplots(1, len(tables), figsize=(6 * len(tables), height))
-        for axis, (kind, found) in zip([axes] if len(tables) == 1 else axes, tables.items()):  # noqa: B905
+        size = (6 * len(tables), height)
+        figure, axes = pyplot.subplots(1, len(tables), figsize=size, squeeze=False)
+        for axis, (kind, found) in zip(axes[0], tables.items(), strict=True):
             names = list(found)
             for bits in reversed(_widths(found)):
                 snrs = [found[name][bits].snr if bits in found[name] else 0 for name in names]
