@@ -285,7 +285,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _bits(text: str) -> int | str:
-    return text if text == "float" else int(text)
+    try:
+        return text if text == "float" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'expected a number or "float", got {text!r}') from None
 
 
 def _positive(text: str) -> int:

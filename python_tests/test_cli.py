@@ -286,3 +286,10 @@ def test_settings_are_listed_with_default_and_meaning(capsys: pytest.CaptureFixt
         assert lines[lines.index(expected) + 1].strip()
     names = [i for i, line in enumerate(lines) if line and line[0] not in " ["]
     assert len(names) > 60 and all(lines[i + 1].startswith("    ") for i in names)
+
+
+def test_bits_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--bits", "four"])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith("argument --bits: expected a number or \"float\", got 'four'")
