@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from hqod_ops.quant.export._extras import require
@@ -52,6 +53,31 @@ class _Runtime:
     def __call__(self, feeds: Feeds) -> list[Array]:
         outputs: list[Array] = self._session.run(None, feeds)
         return outputs
+
+
+class OpenVINO:
+    """OpenVINO on the CPU, in float32 where a model is not quantized.
+
+    Raises:
+        RuntimeError: it cannot load the model.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        openvino = require("openvino")
+        self.name = f"openvino {openvino.__version__.partition('-')[0]}"
+        core = openvino.Core()
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        compiled = core.compile_model(core.read_model(model, b""), "CPU", settings)
+        self._request = compiled.create_infer_request()
+        self._inputs = [next(iter(port.names)) for port in compiled.inputs]
+        self._outputs = list(compiled.outputs)
+
+    def __call__(self, feeds: Feeds) -> list[Array]:
+        results = self._request.infer({name: feeds[name] for name in self._inputs})
+        return [np.array(results[output]) for output in self._outputs]
 
 
 class Reference:
