@@ -72,7 +72,8 @@ def prepare_qat(
         first (str or sequence of str, optional), prediction (str or sequence of str, optional),
             foreach (bool, optional): in place of those of config. Default: None
         example (optional): a batch, such as :func:`calibrate` takes them, for
-            ``batch_norm="fold"``, which must see the model run. Default: None
+            ``batch_norm="fold"``, which must see the model run, and ``placement="producers"``,
+            which then sees what tracing would not reach. Default: None
 
     Returns:
         nn.Module: the same object. Parameters keep their objects and names, so optimizers made
@@ -118,7 +119,7 @@ def prepare_qat(
         weights = [m for m in model.modules() if isinstance(m, QATLayer) and m.weight_quantizer]
         state.weights = WeightPool(weights)
     if config.placement == "producers" and any(q is not None for _, q in quantizers.values()):
-        place_on_producers(model)
+        place_on_producers(model, example=example)
     adapter = find_adapter(model)
     if adapter is not None:
         adapter.prepared(model)
