@@ -32,6 +32,7 @@ def prepare_qat(
     first: Patterns | None = None,
     prediction: Patterns | None = None,
     foreach: bool | None = None,
+    save: str | None = None,
     example: Any = None,
 ) -> _Model:
     """Turn a float model into a QAT model, in place.
@@ -70,7 +71,8 @@ def prepare_qat(
         config (QATConfig or str): a configuration, or the preset ``"hqod_w4a4"``,
             ``"hqod_w2a2"``, ``"w8a8"`` or another of :data:`PRESETS`. Default: ``"hqod_w4a4"``
         first (str or sequence of str, optional), prediction (str or sequence of str, optional),
-            foreach (bool, optional): in place of those of config. Default: None
+            foreach (bool, optional), save (str, optional): in place of those of config.
+            Default: None
         example (optional): a batch, such as :func:`calibrate` takes them, for
             ``batch_norm="fold"``, which must see the model run, and ``placement="producers"``,
             which then sees what tracing would not reach. Default: None
@@ -95,7 +97,9 @@ def prepare_qat(
         >>> type(prepare_qat(model, "hqod_w2a2", first="0", prediction="2")[0]).__name__
         'QATConv2d'
     """
-    config = changed(get_config(config), first=first, prediction=prediction, foreach=foreach)
+    config = changed(
+        get_config(config), first=first, prediction=prediction, foreach=foreach, save=save
+    )
     layers = float_layers(model)
     plan = plan_layers(model, layers, config)
     # All quantizers first: an error must leave the model as it was.
@@ -108,9 +112,10 @@ def prepare_qat(
         freeze_batch_norm(model)
     for name, (weight_quantizer, input_quantizer) in quantizers.items():
         if plan[name].quantized:
-            twin_class(layers[name]).from_float(
+            twin = twin_class(layers[name]).from_float(
                 layers[name], weight_quantizer=weight_quantizer, input_quantizer=input_quantizer
             )
+            twin.saved_as = config.save
     attach_attention(layers)
     without_fast_path(model)
     state = track_calls(model)
