@@ -33,6 +33,7 @@ def prepare_qat(
     first: Patterns | None = None,
     prediction: Patterns | None = None,
     foreach: bool | None = None,
+    save: str | None = None,
     example: Any = None,
 ) -> _Model:
     """Turn a float model into a QAT model, in place.
@@ -71,7 +72,8 @@ def prepare_qat(
         config (QATConfig or str): a configuration, or the preset ``"hqod_w4a4"``,
             ``"hqod_w2a2"``, ``"w8a8"`` or another of :data:`PRESETS`. Default: ``"hqod_w4a4"``
         first (str or sequence of str, optional), prediction (str or sequence of str, optional),
-            foreach (bool, optional): in place of those of config. Default: None
+            foreach (bool, optional), save (str, optional): in place of those of config.
+            Default: None
         example (optional): a batch, such as :func:`calibrate` takes them, for
             ``batch_norm="fold"``, which must see the model run. Default: None
 
@@ -97,7 +99,9 @@ def prepare_qat(
     """
     if foreach is not None:
         checks.flag("foreach", foreach)
-    config = changed(get_config(config), first=first, prediction=prediction, foreach=foreach)
+    config = changed(
+        get_config(config), first=first, prediction=prediction, foreach=foreach, save=save
+    )
     layers = float_layers(model)
     plan = plan_layers(model, layers, config)
     # All quantizers first: an error must leave the model as it was.
@@ -110,9 +114,10 @@ def prepare_qat(
         freeze_batch_norm(model)
     for name, (weight_quantizer, input_quantizer) in quantizers.items():
         if plan[name].quantized:
-            twin_class(layers[name]).from_float(
+            twin = twin_class(layers[name]).from_float(
                 layers[name], weight_quantizer=weight_quantizer, input_quantizer=input_quantizer
             )
+            twin.saved_as = config.save
     attach_attention(layers)
     without_fast_path(model)
     state = track_calls(model)

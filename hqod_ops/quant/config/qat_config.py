@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from hqod_ops import checks
+from hqod_ops.quant.nn.saved import SAVES
 from hqod_ops.quant.nn.twins import TWINS
 from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS
 from hqod_ops.quant.patterns import Patterns
@@ -172,6 +173,9 @@ class QATConfig:
         placement (str): where activations are quantized: ``"inputs"``, at the input of every layer,
             or ``"producers"``, where they are made, once for all readers
             (:func:`hqod_ops.quant.place_on_producers`). Default: ``"inputs"``
+        save (str): what layers keep of their quantized inputs and weights for the backward pass:
+            ``"float"``, the tensors, or ``"codes"``, nothing: the codes are made again, to the same
+            bits, from what the quantizers keep anyway. Default: ``"float"``
 
     Raises:
         ValueError: bits outside 2..8, an unknown choice, a quantizer that does not fit its role,
@@ -212,12 +216,14 @@ class QATConfig:
     batch_norm: str = "train"
     foreach: bool = False
     placement: str = "inputs"
+    save: str = "float"
 
     def __post_init__(self) -> None:
         _check_settings(self)
         _set_bits(self, "edge_bits")
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_MODES)
         _check_choice("placement", self.placement, PLACEMENTS)
+        _check_choice("save", self.save, SAVES)
         if self.weight_bits != FLOAT_BITS:
             check_quantizer("weight", self.weight_quantizer, self.weight_options, self.per_channel)
         if self.act_bits != FLOAT_BITS:
@@ -249,9 +255,10 @@ class QATConfig:
             rows.append([where, *(["float", "float"] if rule.skip else cells)])
         together = "together" if self.foreach else "one by one"
         place = "; inputs where they are made" if self.placement == "producers" else ""
+        saved = "; saved as codes" if self.save == "codes" else ""
         return (
             text_table(["layers", "weight", "input"], rows)
-            + f"\nbatch norm: {self.batch_norm}; weights quantized {together}{place}"
+            + f"\nbatch norm: {self.batch_norm}; weights quantized {together}{place}{saved}"
         )
 
 
