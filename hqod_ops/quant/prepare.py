@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hqod_ops import checks
 from hqod_ops.quant.adapters import find_adapter
 from hqod_ops.quant.config.plan import LayerPlan, float_layers, plan_layers
 from hqod_ops.quant.config.qat_config import FLOAT_BITS, QATConfig, changed, get_config
@@ -97,6 +98,8 @@ def prepare_qat(
         >>> type(prepare_qat(model, "hqod_w2a2", first="0", prediction="2")[0]).__name__
         'QATConv2d'
     """
+    if foreach is not None:
+        checks.flag("foreach", foreach)
     config = changed(
         get_config(config), first=first, prediction=prediction, foreach=foreach, save=save
     )

@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from hqod_ops import checks
 from hqod_ops.quant.nn.saved import SAVES
 from hqod_ops.quant.nn.twins import TWINS
-from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS, as_int
-from hqod_ops.quant.patterns import Patterns, as_tuple
+from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS
+from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.lsq import SCALE_MODES
 from hqod_ops.quant.quantizers.registry import QUANTIZERS, check_quantizer, default_observer
 from hqod_ops.tables import text_table
@@ -35,7 +36,7 @@ def _set_bits(settings: Rule | QATConfig, name: str) -> None:
     if bits == "float":
         bits = FLOAT_BITS
         object.__setattr__(settings, name, bits)
-    if bits is None or as_int(name, bits) == FLOAT_BITS:
+    if bits is None or checks.integer(name, bits) == FLOAT_BITS:
         return
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(
@@ -45,7 +46,7 @@ def _set_bits(settings: Rule | QATConfig, name: str) -> None:
 
 
 def _check_choice(name: str, value: str | None, allowed: Iterable[str]) -> None:
-    if value is not None and value not in allowed:
+    if value is not None and (not isinstance(value, str) or value not in allowed):
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
@@ -58,6 +59,13 @@ def _check_settings(settings: Rule | QATConfig) -> None:
     _check_choice("scale_mode", settings.scale_mode, SCALE_MODES)
     for name in ("weight_quantizer", "act_quantizer"):
         _check_choice(name, getattr(settings, name), QUANTIZERS)
+    for name in ("per_channel", "foreach", "skip"):
+        if (value := getattr(settings, name, None)) is not None:
+            checks.flag(name, value)
+    for name in ("weight_options", "act_options"):
+        value = getattr(settings, name)
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name}: expected a mapping of options, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,8 @@ class Rule:
                 f"pattern: expected one name or glob, got {self.pattern!r}; for several, several "
                 "rules"
             )
+        if self.pattern == "":
+            raise ValueError("pattern: expected a name or a glob such as '*', got ''")
         _check_choice("type", self.type, TYPE_NAMES)
         _check_settings(self)
 
@@ -221,8 +231,9 @@ class QATConfig:
         for name in ("first", "prediction"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, as_tuple(value))
-        if isinstance(self.overrides, Rule) or not all(isinstance(r, Rule) for r in self.overrides):
+                object.__setattr__(self, name, checks.names(name, value))
+        rules = self.overrides
+        if not isinstance(rules, Iterable) or not all(isinstance(r, Rule) for r in rules):
             raise TypeError(f"overrides: expected a sequence of Rule, got {self.overrides!r}")
         object.__setattr__(self, "overrides", tuple(self.overrides))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from hqod_ops import checks
 from hqod_ops.quant.dataflow.attach import (
     CallQuantizers,
     ExpectedModules,
@@ -160,6 +161,8 @@ def place_on_producers(
         >>> report.placed[0].absorbed, report.placed[0].producers, report.placed[0].readers
         ('relu', ('1',), ('2',))
     """
+    checks.module("model", model)
+    checks.flag("absorb_relu", absorb_relu)
     layers = _layers(model, skip)
     state = runtime(model)
     if state.expected is not None:
@@ -221,7 +224,7 @@ def _layers(model: nn.Module, skip: str | Sequence[str]) -> dict[nn.Module, str 
     state = find_runtime(model)
     if state is not None and state.placement is not None:
         raise ValueError("model: expected one whose quantizers were not placed on producers yet")
-    patterns = [skip] if isinstance(skip, str) else list(skip)
+    patterns = checks.names("skip", skip)
     layers: dict[nn.Module, str | None] = {}
     found: set[str] = set()
     for name, module in model.named_modules():
