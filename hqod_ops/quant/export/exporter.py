@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hqod_ops import checks
 from hqod_ops.quant.export._extras import require
 from hqod_ops.quant.export.evaluate import to_bytes, usable_opset
 from hqod_ops.quant.export.grid import BASE_OPSET
@@ -169,7 +170,8 @@ def export_onnx(
         ValueError: the model has no quantized layer, was not calibrated, or has a quantizer that
             ONNX or the target cannot express; the opset is below 18, there is no such target or
             directory.
-        TypeError: a parameter or the example is float16, bfloat16 or float64.
+        TypeError: a parameter or the example is float16, bfloat16 or float64; an argument is of
+            another type.
         RuntimeError: torch cannot export the model, or a module was replaced after
             :func:`hqod_ops.quant.place_on_producers`, so that a layer reads floats.
         ExportError: the file does not compute what the model does.
@@ -186,8 +188,17 @@ def export_onnx(
         >>> report.opset, report.storage
         (18, {'INT8': 1, 'UINT8': 1})
     """
+    checks.module("model", model)
+    checks.file_path("path", path)
     for module in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
         require(module)
+    for name, several in (("input_names", input_names), ("output_names", output_names)):
+        if isinstance(several, str):
+            raise TypeError(f"{name}: expected a sequence of names, got the str {several!r}")
+    if nms is not None and not isinstance(nms, NMS):
+        raise TypeError(f"nms: expected an NMS or None, got {type(nms).__name__}")
+    checks.count("max_steps", max_steps, 0)
+    checks.flag("unsigned_weights", unsigned_weights)
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"path: there is no directory {str(path.parent)!r}")
@@ -230,8 +241,7 @@ def export_onnx(
 def _opset_limit(opset: int | None) -> int:
     if opset is None:
         return usable_opset()
-    if isinstance(opset, bool) or not isinstance(opset, int):
-        raise TypeError(f"opset: expected an int, got {type(opset).__name__}")
+    opset = checks.integer("opset", opset)
     if opset < BASE_OPSET:
         raise ValueError(f"opset: expected at least {BASE_OPSET}, got {opset}")
     return min(opset, int(require("onnx.defs").onnx_opset_version()))
