@@ -164,7 +164,8 @@ class QATConfig:
         weight_quantizer (str), act_quantizer (str): of :data:`hqod_ops.quant.QUANTIZERS`.
             Default: ``"lsq"``
         weight_options (mapping), act_options (mapping): further arguments of these quantizers, such
-            as ``{"grad_scale": 1.0}`` of LSQ. Default: none
+            as ``{"grad_scale": 1.0}`` of LSQ; ``{"signed": True}`` keeps inputs from unsigned
+            codes. Default: none
         batch_norm (str): ``"train"``, as the official code; ``"freeze"``, the running statistics
             stay as they are (:func:`hqod_ops.quant.freeze_batch_norm`); ``"fold"``, into the
             convolutions (:func:`hqod_ops.quant.fold_batch_norm`). Default: ``"train"``

@@ -147,6 +147,24 @@ class Grid:
             codes=None if self.codes is None else self.codes + shift,
         )
 
+    def spread(self) -> Grid:
+        """The same values with larger codes and smaller scales, by a power of two: up to 64.
+
+        The sum of two products with codes of 8 bits then still fits 16 bits, in which x86 without
+        VNNI adds them.
+        """
+        largest = max(-self.low, self.high)
+        factor = 1 << max(64 // max(largest, 1), 1).bit_length() - 1
+        if self.codes is None or self.storage.bits != 8 or self.zero_point.any() or factor == 1:
+            return self
+        return dataclasses.replace(
+            self,
+            scale=self.scale / np.float32(factor),
+            low=self.low * factor,
+            high=self.high * factor,
+            codes=self.codes * factor,
+        )
+
     def symmetric(self, target: str) -> Grid:
         """The same in a signed type with the zero point 0.
 

@@ -98,5 +98,7 @@ def read_grids(
     for name, (layer, quantizer) in inventory.weights.items():
         weight = layer.weight.detach()
         grid = read_grid(name, quantizer, 0, weight.dim(), storages, weight)
+        if target.spread_weights:
+            grid = grid.spread()
         grids.append(grid.unsigned() if unsigned_weights and grid.storage.bits == 8 else grid)
     return [grid.symmetric(target.name) for grid in grids] if target.symmetric else grids

@@ -148,6 +148,7 @@ def _set_weight(lowered: Lowered, node: Any, grid: Grid) -> None:
         before = lowered.weights[old.name]
         number = sum(other.name.startswith(f"{grid.name}.") for other in lowered.weights.values())
         grid = dataclasses.replace(grid, name=f"{grid.name}.{number}")
+    assert grid.codes is not None
     kind, codes = grid.storage.numpy_type, old.producer().inputs[0]
     if not np.array_equal(grid.codes, np.asarray(before.codes)):
         codes = set_constant(graph, f"{grid.label}.codes", grid.codes.astype(kind))

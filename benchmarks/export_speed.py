@@ -1,0 +1,145 @@
+#!/usr/bin/env python
+"""Speed of exported files beside the float model's, for torchvision's and Ultralytics' detectors.
+
+    python benchmarks/export_speed.py                        # all, some minutes
+    python benchmarks/export_speed.py --models retinanet --bits 4 --targets onnxruntime
+
+Random weights, with statistics of batch norms from a random image: speed does not depend on the
+values. Every file was checked against its model by the export. One thread; in a round all files
+of a model run once each; time of the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+# Last, so that an installed hqod_ops goes before the one in the tree.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+from bench import machine
+from torch import nn
+
+from hqod_ops.quant import PRESETS, calibrate, detection_network, prepare_qat
+from hqod_ops.quant.export import bench_export, export_onnx, speed_table
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZE = 320
+CONFIGS = {2: "hqod_w2a2", 4: "hqod_w4a4", 8: "w8a8"}
+
+
+def retinanet() -> nn.Module:
+    """torchvision's RetinaNet-R50 with batch norms that train."""
+    from torchvision.models import resnet50
+    from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+
+    backbone = _resnet_fpn_extractor(resnet50(weights=None), 5, returned_layers=[2, 3, 4])
+    return RetinaNet(backbone, num_classes=20)
+
+
+def yolo11n() -> nn.Module:
+    """Ultralytics' YOLO11n."""
+    from ultralytics import YOLO
+
+    model: nn.Module = YOLO("yolo11n.yaml").model
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"retinanet": retinanet, "yolo11n": yolo11n}
+
+
+def settled(build: Callable[[], nn.Module], image: torch.Tensor) -> nn.Module:
+    """A model whose batch norms have factors of both signs and fit the image."""
+    torch.manual_seed(0)
+    model = build()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.2)
+        norm.momentum = None
+    network = detection_network(model.eval())
+    for norm in norms:
+        norm.train()
+    with torch.no_grad():
+        network(image)
+    return model.eval()
+
+
+def quantized(model: nn.Module, bits: int, image: torch.Tensor, placement: str) -> nn.Module:
+    """A prepared and calibrated copy."""
+    config = replace(PRESETS[CONFIGS[bits]], placement=placement)
+    model = prepare_qat(copy.deepcopy(model), config, example=[image])
+    return calibrate(
+        model, [image], forward=lambda m, x: detection_network(m)(x), progress=False
+    ).eval()
+
+
+def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The float file and those of all bits and targets, side by side."""
+    image = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    model = settled(MODELS[name], image)
+    files = [folder / "float.onnx"]
+    torch.onnx.export(
+        detection_network(model), (image,), files[0], opset_version=18, dynamo=True, verbose=False
+    )
+    checked = {}
+    for bits in args.bits:
+        network = detection_network(quantized(model, bits, image, args.placement))
+        for target in args.targets:
+            files.append(folder / f"w{bits}a{bits} for {target}")
+            report = export_onnx(network, image, files[-1], target=target)
+            checked[files[-1].name] = {"by": report.evaluator, "steps": report.steps}
+    speeds = bench_export(files, rounds=args.rounds, clock=time.process_time)
+    print(
+        f"{name}, {SIZE} px, quantizers on the {args.placement}\n{speed_table(speeds)}\n",
+        flush=True,
+    )
+    rows = [asdict(speed) for speed in speeds]
+    return {
+        "model": name,
+        "size": SIZE,
+        "placement": args.placement,
+        "rows": rows,
+        "checked": checked,
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--bits", nargs="+", type=int, choices=CONFIGS, default=[8, 4])
+    parser.add_argument(
+        "--targets", nargs="+", default=["onnxruntime", "openvino", "smallest"], help="of the files"
+    )
+    parser.add_argument("--placement", choices=("inputs", "producers"), default="inputs")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "export-speed.json"
+    )
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    described = {**machine.describe(), "clock": "cpu"}
+    results = []
+    for name in args.models:
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measure(name, args, Path(folder)))
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"machine": described, "results": results}, indent=1)
+        args.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
