@@ -43,13 +43,10 @@ CONFIGS = {2: "hqod_w2a2", 4: "hqod_w4a4", 8: "w8a8"}
 
 
 def retinanet() -> nn.Module:
-    """torchvision's RetinaNet-R50 with batch norms that train."""
-    from torchvision.models import resnet50
-    from torchvision.models.detection import RetinaNet
-    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    """torchvision's RetinaNet-R50, with batch norms that train."""
+    from torchvision.models.detection import retinanet_resnet50_fpn
 
-    backbone = _resnet_fpn_extractor(resnet50(weights=None), 5, returned_layers=[2, 3, 4])
-    return RetinaNet(backbone, num_classes=20)
+    return retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=20)
 
 
 def yolo11n() -> nn.Module:
