@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from bench import machine, tables
 from bench.documents import write_block
 from torch import nn
 
-from hqod_ops.quant import PRESETS, calibrate, detection_network, prepare_qat
+from hqod_ops.quant import calibrate, detection_network, prepare_qat
 from hqod_ops.quant.export import bench_export, export_onnx, speed_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,16 +89,15 @@ def settled(build: Callable[[], nn.Module], image: torch.Tensor) -> nn.Module:
     return model.eval()
 
 
-def quantized(model: nn.Module, bits: int, image: torch.Tensor, placement: str) -> nn.Module:
+def quantized(model: nn.Module, bits: int, image: torch.Tensor) -> nn.Module:
     """A prepared and calibrated copy."""
-    config = replace(PRESETS[CONFIGS[bits]], placement=placement)
-    model = prepare_qat(copy.deepcopy(model), config, example=[image])
+    model = prepare_qat(copy.deepcopy(model), CONFIGS[bits])
     return calibrate(
         model, [image], forward=lambda m, x: detection_network(m)(x), progress=False
     ).eval()
 
 
-def measure(name: str, placement: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The float file and those of all bits and targets, side by side."""
     image = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     model = settled(MODELS[name], image)
@@ -107,16 +106,16 @@ def measure(name: str, placement: str, args: argparse.Namespace, folder: Path) -
     torch.onnx.export(network, (image,), files[0], opset_version=18, dynamo=True, verbose=False)
     facts: dict[str, dict[str, Any]] = {}
     for bits in args.bits:
-        network = detection_network(quantized(model, bits, image, placement))
+        network = detection_network(quantized(model, bits, image))
         for target in args.targets:
             path = folder / f"W{bits}A{bits}, {target}"
             report = export_onnx(network, image, path, target=target)
             facts[path.name] = {"bits": bits, "target": target, "kilobytes": report.size // 1000}
             files.append(path)
     speeds = bench_export(files, rounds=args.rounds, clock=time.process_time)
-    print(f"{name}, {SIZE} px, quantizers on the {placement}\n{speed_table(speeds)}\n", flush=True)
+    print(f"{name}, {SIZE} px\n{speed_table(speeds)}\n", flush=True)
     rows = [{**asdict(speed), **facts.get(speed.file, {})} for speed in speeds]
-    return {"model": name, "placement": placement, "rows": rows}
+    return {"model": name, "rows": rows}
 
 
 def block(result: dict[str, Any]) -> str:
@@ -135,7 +134,7 @@ def block(result: dict[str, Any]) -> str:
             cells = [row["runtime"], row["file"], f"{row['milliseconds']:.1f}"]
             cells += [f"{row['ratio']:.2f}x", f"{goal}x" if goal else "", str(row["integer"])]
             rows.append([*cells, str(left), size])
-        title = f"{found['model']}, {SIZE} px, quantizers on the {found['placement']}"
+        title = f"{found['model']}, {SIZE} px"
         parts.append(tables.markdown(tables.Table(title, columns, rows)))
     return "\n".join(parts)
 
@@ -147,9 +146,6 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=int, choices=CONFIGS, default=[8, 4])
     parser.add_argument(
         "--targets", nargs="+", default=["onnxruntime", "openvino", "smallest"], help="of the files"
-    )
-    parser.add_argument(
-        "--placements", nargs="+", default=["inputs", "producers"], help="of the quantizers"
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULT)
@@ -165,12 +161,11 @@ def main() -> None:
     described = {**machine.describe(), "clock": "cpu"}
     results = []
     for name in args.models:
-        for placement in args.placements:
-            with tempfile.TemporaryDirectory() as folder:
-                results.append(measure(name, placement, args, Path(folder)))
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({"machine": described, "results": results}, indent=1)
-            args.output.write_text(text + "\n", encoding="utf-8")
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(measure(name, args, Path(folder)))
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"machine": described, "results": results}, indent=1)
+        args.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

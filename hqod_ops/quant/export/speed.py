@@ -210,7 +210,7 @@ def _load(runtime: str, path: Path) -> tuple[Evaluator, Counter[str]]:
     with tempfile.TemporaryDirectory() as folder:
         kept = str(Path(folder) / "optimized.onnx")
         OnnxRuntime(model, keep=kept)
-        nodes = require("onnx").load(kept).graph.node
+        nodes = require("onnx").load(kept, load_external_data=False).graph.node
     names = [node.op_type for node in nodes if any(part in node.op_type for part in _PRODUCTS)]
     names += [node.op_type for node in nodes if node.op_type == "QGemm"]
     counted = Counter(
