@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as shells have it; after SIGTERM it is 143."""
 
 FAILED = 1
 """Exit code when training diverged or a process that loads images died."""
@@ -29,17 +31,21 @@ _OPTIONS = (
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from hqod_ops.training.engine import launcher, rank
     from hqod_ops.training.files import CONFIG, read_result
     from hqod_ops.training.report import aggregate, markdown
     from hqod_ops.training.run import Run
 
     config = _run_config(arguments)
-    command = ["hqod", "train", "--resume", "--name", config.name, "--runs", str(arguments.runs)]
+    command = [*launcher(), "train", "--resume", "--name", config.name]
+    command += ["--runs", str(arguments.runs)]
     arguments.hint = f"; to continue: {shlex.join(command)}"
     run = Run(config, arguments.runs, resume=arguments.resume)
-    if config.init and not arguments.resume:
+    if config.init and not arguments.resume and rank() == 0:
         print(f"Starting from {config.init}")
     run.train(progress=not arguments.quiet, say=functools.partial(print, flush=True))
+    if rank() > 0:
+        return 0
     print(markdown(aggregate([read_result(run.directory)])))
     print(f"Settings, log, checkpoint and result: {(run.directory / CONFIG).parent}")
     return 0
@@ -305,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (sequence of str, optional): the arguments. Default: None, those of the process
 
     Returns:
-        int: exit code: 0, 2 for bad input, 130 after Ctrl-C.
+        int: exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     from hqod_ops._loader import check_environment
     from hqod_ops.detection.data import DataError
@@ -322,8 +328,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments))
     except KeyboardInterrupt as stop:
         where = f" ({stop})" if str(stop) else ""
-        print(f"hqod: interrupted{where}{arguments.hint}", file=sys.stderr)
-        return INTERRUPTED
+        if int(os.environ.get("RANK", 0)) == 0:  # under torchrun, all processes are stopped
+            print(f"hqod: interrupted{where}{arguments.hint}", file=sys.stderr, flush=True)
+        return 128 + int(getattr(stop, "signum", signal.SIGINT))
     except ModuleNotFoundError as error:
         print(f'hqod: {error}: pip install "hqod_ops[detection]"', file=sys.stderr)
         return BAD_INPUT
