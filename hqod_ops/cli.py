@@ -25,7 +25,8 @@ BAD_INPUT = 2
 
 _OPTIONS = (
     *("name", "seed", "init", "device", "data.source", "quant.bits", "loss.hqod"),
-    *("schedule.epochs", "schedule.batch_size", "schedule.lr"),
+    *("schedule.epochs", "schedule.batch_size", "schedule.lr", "schedule.accumulate"),
+    *("engine.precision", "engine.compile", "data.workers"),
 )
 """Settings that are options of ``hqod train`` too; each is the destination of its option."""
 
@@ -237,6 +238,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--init", metavar="CHECKPOINT", help="weights of a float run to start from")
     option("--seed", type=int, metavar="S")
     option("--device", help="auto, cpu, cuda, cuda:1, ...")
+    parts = "parts that the images of a step come in"
+    option("--accumulate", dest="schedule.accumulate", type=_positive, metavar="N", help=parts)
+    option("--precision", dest="engine.precision", choices=("fp32", "bf16", "fp16"))
+    compiled = "torch.compile the network"
+    option("--compile", dest="engine.compile", action=hqod, default=None, help=compiled)
+    option("--workers", dest="data.workers", type=int, metavar="N", help="that load images")
     every = "any setting; hqod settings lists them all"
     option("--set", action="append", default=[], metavar="TABLE.SETTING=VALUE", help=every)
     train.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs")
