@@ -63,7 +63,19 @@ def label(config: Mapping[str, Any]) -> str:
         name += " + HQOD"
         if loss["variant"] != "official":
             name += f" ({loss['variant']})"
-    return name
+    return name + _tuned(config["tuning"])
+
+
+def _tuned(tuning: Mapping[str, Any]) -> str:
+    """What was done beside the losses."""
+    parts = []
+    if tuning["post_training"]:
+        parts.append("post-training" + ", learned rounding" * tuning["learn_rounding"])
+    if tuning["distill"]:
+        parts.append("distilled" if tuning["labels"] else "distilled without labels")
+    if tuning["ema"]:
+        parts.append("averaged")
+    return "".join(f", {part}" for part in parts)
 
 
 def _quantized(quant: Mapping[str, Any]) -> str:

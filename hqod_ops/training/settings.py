@@ -25,6 +25,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "TestConfig",
+    "TuningConfig",
 ]
 
 
@@ -110,6 +111,28 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class TuningConfig:
+    """What keeps accuracy where bits are few, beside the losses.
+
+    Args:
+        post_training (bool): quantized without training, as ``hqod quantize`` does it.
+        learn_rounding (bool): with post_training: learn whether each weight is rounded up or down.
+        distill (str): checkpoint of a float model of the same network, which the model learns from.
+        distill_weight (float): factor of that term of the loss.
+        labels (bool): use the labels too; false learns from the float model alone.
+        ema (float): decay of the average of weights and scales that the run ends with, such as
+            0.999; 0 for none. Statistics of batch norms are re-estimated for it.
+    """
+
+    post_training: bool = False
+    learn_rounding: bool = False
+    distill: str = ""
+    distill_weight: Factor = 1.0
+    labels: bool = True
+    ema: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that a run depends on.
 
@@ -131,6 +154,7 @@ class RunConfig:
     test: TestConfig = field(default_factory=TestConfig)
     quant: QATConfig = field(default_factory=lambda: QATConfig(FLOAT_BITS, FLOAT_BITS))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
 
     @property
     def quantized(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -36,6 +37,7 @@ class QATLayer(nn.Module):
     """Axis of the weight that counts output channels."""
 
     weight: Tensor
+    bias: nn.Parameter | None
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     shared_weight: SharedWeight | None = None
@@ -81,6 +83,16 @@ class QATLayer(nn.Module):
     ) -> None:
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take a bias too that the layer lacks: bias correction may have made one."""
+        bias = state_dict.get(f"{prefix}bias")
+        if isinstance(bias, Tensor) and "bias" in self._parameters and self.bias is None:
+            made = nn.Parameter(torch.empty_like(bias, device=self.weight.device))
+            self.bias = made.requires_grad_(self.weight.requires_grad)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def quantized_weight(self) -> Tensor:
         """The weight on its quantizer's grid."""
