@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import json
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as shells have it; after SIGTERM it is 143."""
 
 FAILED = 1
 """Exit code when training diverged or a process that loads images died."""
@@ -23,23 +26,28 @@ BAD_INPUT = 2
 
 _OPTIONS = (
     *("name", "seed", "init", "device", "data.source", "quant.bits", "loss.hqod"),
-    *("schedule.epochs", "schedule.batch_size", "schedule.lr"),
+    *("schedule.epochs", "schedule.batch_size", "schedule.lr", "schedule.accumulate"),
+    *("engine.precision", "engine.compile", "data.workers"),
 )
 """Settings that are options of ``hqod train`` too; each is the destination of its option."""
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from hqod_ops.training.engine import launcher, rank
     from hqod_ops.training.files import CONFIG, read_result
     from hqod_ops.training.report import aggregate, markdown
     from hqod_ops.training.run import Run
 
     config = _run_config(arguments)
-    command = ["hqod", "train", "--resume", "--name", config.name, "--runs", str(arguments.runs)]
+    command = [*launcher(), "train", "--resume", "--name", config.name]
+    command += ["--runs", str(arguments.runs)]
     arguments.hint = f"; to continue: {shlex.join(command)}"
     run = Run(config, arguments.runs, resume=arguments.resume)
-    if config.init and not arguments.resume:
+    if config.init and not arguments.resume and rank() == 0:
         print(f"Starting from {config.init}")
     run.train(progress=not arguments.quiet, say=functools.partial(print, flush=True))
+    if rank() > 0:
+        return 0
     print(markdown(aggregate([read_result(run.directory)])))
     print(f"Settings, log, checkpoint and result: {(run.directory / CONFIG).parent}")
     return 0
@@ -136,11 +144,35 @@ def _export(arguments: argparse.Namespace) -> int:
             arguments.out,
             opset=arguments.opset,
             nms=nms,
+            target=arguments.target,
             unsigned_weights=arguments.unsigned_weights,
         )
         print(report)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{arguments.checkpoint}: {error}") from None
+    return 0
+
+
+def _bench_export(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from hqod_ops.quant.export import bench_export, speed_table
+    from hqod_ops.training import ConfigError
+
+    try:
+        speeds = bench_export(
+            arguments.file,
+            runtimes=arguments.runtime,
+            size=arguments.size and tuple(arguments.size),
+            threads=arguments.threads or 1,
+            rounds=arguments.rounds,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if arguments.json:
+        print(json.dumps([asdict(speed) for speed in speeds]))
+    else:
+        print(speed_table(speeds))
     return 0
 
 
@@ -166,6 +198,20 @@ def _report(arguments: argparse.Namespace) -> int:
         draw_report(arguments.run, arguments.output, progress=False)
         files = "report.md, report.json, harmony.png, detections.png"
         print(f"Everything is in {arguments.output}: {files}")
+    return 0
+
+
+def _yolo(arguments: argparse.Namespace) -> int:
+    from hqod_ops.extras import requirer
+
+    requirer("ultralytics")("ultralytics")
+    from hqod_ops.integrations.ultralytics_trainer import command
+    from hqod_ops.training import ConfigError
+
+    try:
+        command(arguments.mode, arguments.setting)
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise ConfigError(f"hqod yolo {arguments.mode}: {error}") from None
     return 0
 
 
@@ -231,6 +277,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--init", metavar="CHECKPOINT", help="weights of a float run to start from")
     option("--seed", type=int, metavar="S")
     option("--device", help="auto, cpu, cuda, cuda:1, ...")
+    parts = "parts that the images of a step come in"
+    option("--accumulate", dest="schedule.accumulate", type=_positive, metavar="N", help=parts)
+    option("--precision", dest="engine.precision", choices=("fp32", "bf16", "fp16"))
+    compiled = "torch.compile the network"
+    option("--compile", dest="engine.compile", action=hqod, default=None, help=compiled)
+    option("--workers", dest="data.workers", type=int, metavar="N", help="that load images")
     every = "any setting; hqod settings lists them all"
     option("--set", action="append", default=[], metavar="TABLE.SETTING=VALUE", help=every)
     train.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs")
@@ -255,12 +307,28 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--nms", action="store_true", help="boxes after suppression, by the thresholds of the run"
     )
+    export.add_argument(
+        "--target",
+        choices=("onnxruntime", "openvino", "tensorrt", "smallest"),
+        default="onnxruntime",
+        help="where the file is to be fast, or small; default: onnxruntime",
+    )
     export.add_argument("--opset", type=_positive, metavar="N", help="highest opset to be used")
     export.add_argument(
         "--unsigned-weights",
         action="store_true",
         help="8-bit weights as uint8: exact on x86 without VNNI too",
     )
+
+    bench = command("bench-export", _bench_export, "Speed of ONNX files, beside the first of them.")
+    bench.add_argument("file", nargs="+", type=Path, help="such as float.onnx w4a4.onnx")
+    bench.add_argument(
+        "--runtime", action="append", choices=("onnxruntime", "openvino"), help="default: both"
+    )
+    bench.add_argument("--size", nargs=2, type=_positive, metavar=("H", "W"), help="if left open")
+    bench.add_argument("--rounds", type=_positive, default=20, metavar="N", help="default: 20")
+    bench.add_argument("--json", action="store_true", help="the same as data")
+    shared(bench)
 
     demo = command("demo", _demo, "FP32, then 4 and 2 bits with and without HQOD, on digits.")
     length = demo.add_mutually_exclusive_group()
@@ -279,6 +347,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", type=Path, metavar="DIRECTORY", help="for the table and for pictures"
     )
+
+    yolo = command("yolo", _yolo, "Ultralytics' train, val and predict, for quantized models.")
+    yolo.add_argument("mode", choices=("train", "val", "predict"))
+    own = "as of Ultralytics' yolo; for train also qat=PRESET|FILE.toml"
+    yolo.add_argument("setting", nargs="+", metavar="NAME=VALUE", help=own)
 
     command("info", _info, "Versions, libraries, instruction set, CUDA or why not.")
     return parser
@@ -305,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (sequence of str, optional): the arguments. Default: None, those of the process
 
     Returns:
-        int: exit code: 0, 2 for bad input, 130 after Ctrl-C.
+        int: exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     from hqod_ops._loader import check_environment
     from hqod_ops.detection.data import DataError
@@ -322,8 +395,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments))
     except KeyboardInterrupt as stop:
         where = f" ({stop})" if str(stop) else ""
-        print(f"hqod: interrupted{where}{arguments.hint}", file=sys.stderr)
-        return INTERRUPTED
+        if int(os.environ.get("RANK", 0)) == 0:  # under torchrun, all processes are stopped
+            print(f"hqod: interrupted{where}{arguments.hint}", file=sys.stderr, flush=True)
+        return 128 + int(getattr(stop, "signum", signal.SIGINT))
     except ModuleNotFoundError as error:
         print(f'hqod: {error}: pip install "hqod_ops[detection]"', file=sys.stderr)
         return BAD_INPUT

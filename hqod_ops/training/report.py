@@ -63,19 +63,14 @@ def label(config: Mapping[str, Any]) -> str:
         name += " + HQOD"
         if loss["variant"] != "official":
             name += f" ({loss['variant']})"
-    return name + _tuned(config["tuning"])
+    return name + _tuned(config.get("tuning", {}))
 
 
 def _tuned(tuning: Mapping[str, Any]) -> str:
-    """What was done beside the losses."""
-    parts = []
-    if tuning["post_training"]:
-        parts.append("post-training" + ", learned rounding" * tuning["learn_rounding"])
-    if tuning["distill"]:
-        parts.append("distilled" if tuning["labels"] else "distilled without labels")
-    if tuning["ema"]:
-        parts.append("averaged")
-    return "".join(f", {part}" for part in parts)
+    """What was done beside training."""
+    if not tuning.get("post_training"):
+        return ""
+    return ", post-training" + ", learned rounding" * bool(tuning["learn_rounding"])
 
 
 def _quantized(quant: Mapping[str, Any]) -> str:

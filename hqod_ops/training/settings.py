@@ -20,6 +20,7 @@ from hqod_ops.quant.config import FLOAT_BITS, QATConfig
 
 __all__ = [
     "DataConfig",
+    "EngineConfig",
     "LossConfig",
     "ModelConfig",
     "RunConfig",
@@ -82,7 +83,7 @@ class ScheduleConfig:
 
     Args:
         epochs (int): passes over the training images.
-        batch_size (int): images a step.
+        batch_size (int): images a step, of all processes together.
         optimizer (str): "adamw" or "sgd" (momentum 0.9).
         lr (float): highest learning rate.
         weight_decay (float): of weights; norms, biases and factors have none.
@@ -95,6 +96,8 @@ class ScheduleConfig:
             relative to lr.
         steps (list of int): epochs after which a step schedule divides the rate by 10.
         clip (float): largest L2 norm of the gradient; 0 for none.
+        accumulate (int): parts that the images of a step come in one after another, where they do
+            not fit in memory together; each has norms and loss divisors of its own.
     """
 
     epochs: Count = 5
@@ -108,28 +111,41 @@ class ScheduleConfig:
     warmup: Part = 0.1
     steps: tuple[WholeNumber, ...] = ()
     clip: Factor = 10.0
+    accumulate: Count = 1
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a run computes: precision, processes, checkpoints.
+
+    Args:
+        precision (str): of training: "fp32", or "bf16" or "fp16" by autocast; "fp16" needs CUDA.
+        channels_last (bool): weights and images with the channels last in memory.
+        compile (bool): torch.compile the network.
+        sync_norms (bool): batch norms over the images of all processes; needs CUDA.
+        backend (str): of torchrun's processes: "gloo", "nccl", or "auto" by the device.
+        checkpoint_minutes (float): time between checkpoints within an epoch; 0 for none.
+    """
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    sync_norms: bool = False
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    checkpoint_minutes: Factor = 10.0
 
 
 @dataclass(frozen=True)
 class TuningConfig:
-    """What keeps accuracy where bits are few, beside the losses.
+    """What was done to a quantized run beside training; ``hqod quantize`` sets it.
 
     Args:
-        post_training (bool): quantized without training, as ``hqod quantize`` does it.
-        learn_rounding (bool): with post_training: learn whether each weight is rounded up or down.
-        distill (str): checkpoint of a float model of the same network, which the model learns from.
-        distill_weight (float): factor of that term of the loss.
-        labels (bool): use the labels too; false learns from the float model alone.
-        ema (float): decay of the average of weights and scales that the run ends with, such as
-            0.999; 0 for none. Statistics of batch norms are re-estimated for it.
+        post_training (bool): quantized without training.
+        learn_rounding (bool): whether each weight is rounded up or down was learned.
     """
 
     post_training: bool = False
     learn_rounding: bool = False
-    distill: str = ""
-    distill_weight: Factor = 1.0
-    labels: bool = True
-    ema: Annotated[float, Meta(ge=0, lt=1)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,7 @@ class RunConfig:
     test: TestConfig = field(default_factory=TestConfig)
     quant: QATConfig = field(default_factory=lambda: QATConfig(FLOAT_BITS, FLOAT_BITS))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
 
     @property
