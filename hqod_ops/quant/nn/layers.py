@@ -39,7 +39,7 @@ class QATLayer(nn.Module):
     """Axis of the weight that counts output channels."""
 
     weight: Tensor
-    bias: nn.Parameter | None
+
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     shared_weight: SharedWeight | None = None
@@ -94,9 +94,10 @@ class QATLayer(nn.Module):
     ) -> None:
         """Take a bias too that the layer lacks: bias correction may have made one."""
         bias = state_dict.get(f"{prefix}bias")
-        if isinstance(bias, Tensor) and "bias" in self._parameters and self.bias is None:
+        if isinstance(bias, Tensor) and self._parameters.get("bias", bias) is None:
             made = nn.Parameter(torch.empty_like(bias, device=self.weight.device))
-            self.bias = made.requires_grad_(self.weight.requires_grad)
+            made.requires_grad_(self.weight.requires_grad)
+            self.register_parameter("bias", made)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def quantized_weight(self) -> Tensor:
