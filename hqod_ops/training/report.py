@@ -63,7 +63,14 @@ def label(config: Mapping[str, Any]) -> str:
         name += " + HQOD"
         if loss["variant"] != "official":
             name += f" ({loss['variant']})"
-    return name
+    return name + _tuned(config.get("tuning", {}))
+
+
+def _tuned(tuning: Mapping[str, Any]) -> str:
+    """What was done beside training."""
+    if not tuning.get("post_training"):
+        return ""
+    return ", post-training" + ", learned rounding" * bool(tuning["learn_rounding"])
 
 
 def _quantized(quant: Mapping[str, Any]) -> str:

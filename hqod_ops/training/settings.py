@@ -26,6 +26,7 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "TestConfig",
+    "TuningConfig",
 ]
 
 
@@ -135,6 +136,19 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class TuningConfig:
+    """What was done to a quantized run beside training; ``hqod quantize`` sets it.
+
+    Args:
+        post_training (bool): quantized without training.
+        learn_rounding (bool): whether each weight is rounded up or down was learned.
+    """
+
+    post_training: bool = False
+    learn_rounding: bool = False
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything that a run depends on.
 
@@ -157,6 +171,7 @@ class RunConfig:
     quant: QATConfig = field(default_factory=lambda: QATConfig(FLOAT_BITS, FLOAT_BITS))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
 
     @property
     def quantized(self) -> bool:

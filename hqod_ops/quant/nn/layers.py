@@ -39,6 +39,7 @@ class QATLayer(nn.Module):
     """Axis of the weight that counts output channels."""
 
     weight: Tensor
+
     weight_quantizer: Quantizer | None
     input_quantizer: Quantizer | None
     shared_weight: SharedWeight | None = None
@@ -87,6 +88,17 @@ class QATLayer(nn.Module):
     ) -> None:
         self.weight_quantizer = weight_quantizer
         self.input_quantizer = input_quantizer
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take a bias too that the layer lacks: bias correction may have made one."""
+        bias = state_dict.get(f"{prefix}bias")
+        if isinstance(bias, Tensor) and self._parameters.get("bias", bias) is None:
+            made = nn.Parameter(torch.empty_like(bias, device=self.weight.device))
+            made.requires_grad_(self.weight.requires_grad)
+            self.register_parameter("bias", made)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def quantized_weight(self) -> Tensor:
         """The weight on its quantizer's grid."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
-import json
 import os
 import shlex
 import signal
@@ -13,6 +12,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from hqod_ops.cli.options import bits_or_float, positive
+from hqod_ops.cli.tuning import add_tuning
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it; after SIGTERM it is 143."""
@@ -153,29 +155,6 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bench_export(arguments: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
-    from hqod_ops.quant.export import bench_export, speed_table
-    from hqod_ops.training import ConfigError
-
-    try:
-        speeds = bench_export(
-            arguments.file,
-            runtimes=arguments.runtime,
-            size=arguments.size and tuple(arguments.size),
-            threads=arguments.threads or 1,
-            rounds=arguments.rounds,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if arguments.json:
-        print(json.dumps([asdict(speed) for speed in speeds]))
-    else:
-        print(speed_table(speeds))
-    return 0
-
-
 def _demo(arguments: argparse.Namespace) -> int:
     from hqod_ops.training.demo import LENGTHS, run_demo
 
@@ -256,7 +235,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def shared(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--quiet", action="store_true", help="no progress bars")
-        sub.add_argument("--threads", type=_positive, metavar="N", help="CPU threads")
+        sub.add_argument("--threads", type=positive, metavar="N", help="CPU threads")
 
     def data(sub: argparse.ArgumentParser, meaning: str) -> None:
         sub.add_argument("--data", metavar="digits|PATH", help=meaning)
@@ -267,18 +246,18 @@ def _parser() -> argparse.ArgumentParser:
     option("--data", dest="data.source", metavar="digits|PATH", help="a path: COCO or VOC layout")
     option("--name", help="directory of the run, below --runs")
     option("--recipe", metavar="FILE", help="settings, TOML or JSON")
-    option("--epochs", dest="schedule.epochs", type=_positive, metavar="N")
-    option("--batch-size", dest="schedule.batch_size", type=_positive, metavar="N")
+    option("--epochs", dest="schedule.epochs", type=positive, metavar="N")
+    option("--batch-size", dest="schedule.batch_size", type=positive, metavar="N")
     option("--lr", dest="schedule.lr", type=float, metavar="RATE", help="highest learning rate")
     bits = "of weights and inputs: 2 to 8, or float"
-    option("--bits", dest="quant.bits", type=_bits, metavar="B", help=bits)
+    option("--bits", dest="quant.bits", type=bits_or_float, metavar="B", help=bits)
     hqod = argparse.BooleanOptionalAction
     option("--hqod", dest="loss.hqod", action=hqod, default=None, help="add the HQOD losses")
     option("--init", metavar="CHECKPOINT", help="weights of a float run to start from")
     option("--seed", type=int, metavar="S")
     option("--device", help="auto, cpu, cuda, cuda:1, ...")
     parts = "parts that the images of a step come in"
-    option("--accumulate", dest="schedule.accumulate", type=_positive, metavar="N", help=parts)
+    option("--accumulate", dest="schedule.accumulate", type=positive, metavar="N", help=parts)
     option("--precision", dest="engine.precision", choices=("fp32", "bf16", "fp16"))
     compiled = "torch.compile the network"
     option("--compile", dest="engine.compile", action=hqod, default=None, help=compiled)
@@ -313,22 +292,14 @@ def _parser() -> argparse.ArgumentParser:
         default="onnxruntime",
         help="where the file is to be fast, or small; default: onnxruntime",
     )
-    export.add_argument("--opset", type=_positive, metavar="N", help="highest opset to be used")
+    export.add_argument("--opset", type=positive, metavar="N", help="highest opset to be used")
     export.add_argument(
         "--unsigned-weights",
         action="store_true",
         help="8-bit weights as uint8: exact on x86 without VNNI too",
     )
 
-    bench = command("bench-export", _bench_export, "Speed of ONNX files, beside the first of them.")
-    bench.add_argument("file", nargs="+", type=Path, help="such as float.onnx w4a4.onnx")
-    bench.add_argument(
-        "--runtime", action="append", choices=("onnxruntime", "openvino"), help="default: both"
-    )
-    bench.add_argument("--size", nargs=2, type=_positive, metavar=("H", "W"), help="if left open")
-    bench.add_argument("--rounds", type=_positive, default=20, metavar="N", help="default: 20")
-    bench.add_argument("--json", action="store_true", help="the same as data")
-    shared(bench)
+    add_tuning(command, shared)
 
     demo = command("demo", _demo, "FP32, then 4 and 2 bits with and without HQOD, on digits.")
     length = demo.add_mutually_exclusive_group()
@@ -355,20 +326,6 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "Versions, libraries, instruction set, CUDA or why not.")
     return parser
-
-
-def _bits(text: str) -> int | str:
-    try:
-        return text if text == "float" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'expected a number or "float", got {text!r}') from None
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -412,7 +369,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WorkerError as error:
         print(f"hqod: {error}{arguments.hint}", file=sys.stderr)
         return FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main())
