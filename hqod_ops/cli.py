@@ -169,6 +169,20 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _yolo(arguments: argparse.Namespace) -> int:
+    from hqod_ops.extras import requirer
+
+    requirer("ultralytics")("ultralytics")
+    from hqod_ops.integrations.ultralytics_trainer import command
+    from hqod_ops.training import ConfigError
+
+    try:
+        command(arguments.mode, arguments.setting)
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise ConfigError(f"hqod yolo {arguments.mode}: {error}") from None
+    return 0
+
+
 def _info(arguments: argparse.Namespace) -> int:
     import importlib.metadata
 
@@ -279,6 +293,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", type=Path, metavar="DIRECTORY", help="for the table and for pictures"
     )
+
+    yolo = command("yolo", _yolo, "Ultralytics' train, val and predict, for quantized models.")
+    yolo.add_argument("mode", choices=("train", "val", "predict"))
+    own = "as of Ultralytics' yolo; for train also qat=PRESET|FILE.toml"
+    yolo.add_argument("setting", nargs="+", metavar="NAME=VALUE", help=own)
 
     command("info", _info, "Versions, libraries, instruction set, CUDA or why not.")
     return parser

@@ -125,6 +125,23 @@ class Adapter:
         """The layers whose outputs are the predictions, as :meth:`first`."""
         return None
 
+    def arguments(self, model: Any, batch: Any) -> tuple[Any, ...] | dict[str, Any] | None:
+        """What a model is called with for a batch as its library's loaders make them.
+
+        Args:
+            model (nn.Module): the detector; in training mode it may want more than images.
+            batch: such a batch, or something else.
+
+        Returns:
+            tuple or dict, optional: arguments or keyword arguments; None for a batch of a kind that
+            the adapter does not know.
+        """
+        return None
+
+    def prepared(self, model: nn.Module) -> None:
+        """Called at the end of :func:`hqod_ops.quant.prepare_qat`: what the library must be told of
+        a model with quantizers."""
+
 
 def register_adapter(kind: type[nn.Module], adapter: Adapter) -> None:
     """Let an adapter speak for the models of a class, and of its subclasses without one.

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from hqod_ops.quant.adapters import find_adapter
+
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -26,14 +28,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def call(model: _Model, batch: Any, forward: Callable[[_Model, Any], object] | None) -> object:
     """Run one batch: ``forward(model, batch)``, or the model with the inputs among the batch.
 
-    These are the batch as it is, of a tuple or list the first entry, a list of images
-    (Tensor[C, H, W]) as a whole.
+    What these are an adapter may know. Else they are the batch as it is, of a tuple or list the
+    first entry, a list of images (Tensor[C, H, W]) as a whole.
 
     Raises:
         TypeError: there is no forward, and the model does not take inputs of another kind.
     """
     if forward is not None:
         return forward(model, batch)
+    adapter = find_adapter(model)
+    known = None if adapter is None else adapter.arguments(model, batch)
+    if isinstance(known, dict):
+        return model(**known)
+    if known is not None:
+        return model(*known)
     inputs = _inputs(batch)
     try:
         return model(inputs)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hqod_ops.quant.adapters import find_adapter
 from hqod_ops.quant.config.plan import LayerPlan, float_layers, plan_layers
 from hqod_ops.quant.config.qat_config import FLOAT_BITS, QATConfig, changed, get_config
 from hqod_ops.quant.dataflow.attach import ExpectedModules
@@ -118,6 +119,9 @@ def prepare_qat(
         state.weights = WeightPool(weights)
     if config.placement == "producers" and any(q is not None for _, q in quantizers.values()):
         place_on_producers(model)
+    adapter = find_adapter(model)
+    if adapter is not None:
+        adapter.prepared(model)
     return model
 
 

@@ -246,8 +246,8 @@ def _row(name: str, layer: QATLayer, shares: dict[Quantizer, list[_Share]]) -> L
     return LayerSummary(
         name=name,
         type=layer.float_type.__name__,
-        weight_bits=FLOAT_BITS if weights is None else weights.bits,
-        act_bits=FLOAT_BITS if inputs is None else inputs.bits,
+        weight_bits=FLOAT_BITS if weights is None or weights.left_out else weights.bits,
+        act_bits=FLOAT_BITS if inputs is None or inputs.left_out else inputs.bits,
         act_signed=tuple(inputs.codes(level)[0] < 0 for level in act_levels) if inputs else (),
         weight_scales=(
             tuple(weights.effective_scale().tolist()) if weights and weights.calibrated else ()
@@ -273,7 +273,8 @@ def _sizes(model: nn.Module, layers: Sequence[QATLayer]) -> tuple[float, float]:
     for layer in layers:
         made_from = sources(layer)
         inside.update(map(id, made_from))
-        bits = FLOAT_BITS if layer.weight_quantizer is None else layer.weight_quantizer.bits
+        quantizer = layer.weight_quantizer
+        bits = FLOAT_BITS if quantizer is None or quantizer.left_out else quantizer.bits
         if made_from or bits != FLOAT_BITS:
             key = (
                 (getattr(layer, "part", ""), *map(id, made_from)) if made_from else id(layer.weight)
