@@ -6,7 +6,8 @@
 #                          as here, the detectors and their libraries are left out
 #   TORCHES="2.10.0 2.13.0"   the torches of test-torch
 #   JOBS=2                 how many tests run at a time (the number of cores, but at most 8)
-#   MATRIX="torch==2.13.0"    the torches of test-matrix, and PYTHONS= its interpreters
+#   MATRIX="python3.10:torch==2.10.0,torchvision==0.25.0 python3.13:torch==2.15.0"
+#                          the environments of test-matrix; TABLE= the file for its table
 #   PY=python3.12          the interpreter of test-gpu and bench-gpu, with all they need
 #   ARGS="--quick"         arguments of `hqod demo`, pytest or bench_ops.py
 #   CXX=clang++            and the other build variables: see CONTRIBUTING.md
@@ -22,9 +23,8 @@ DEFAULT_TORCH := torch==2.11.0 torchvision==0.26.0
 PYTHON ?= python3
 TORCH ?= $(DEFAULT_TORCH)
 TORCHES ?= 2.13.0
-PYTHONS ?= python3.10 python3.11 python3.12 python3.13
-MATRIX ?= torch==2.10.0,torchvision==0.25.0 torch==2.11.0,torchvision==0.26.0 torch==2.13.0
-TABLE ?=
+MATRIX ?= $(PYTHON):torch==2.13.0
+TABLE ?= /dev/null
 PY ?= python3
 JOBS ?= $(shell nproc | awk '{print $$1 < 8 ? $$1 : 8}')
 ARGS ?=
@@ -86,9 +86,8 @@ wheel: $(VENV)/.torch ## dist/: the source archive, and a wheel for any Linux x8
 	scripts/wheel.sh
 
 .PHONY: test-matrix
-test-matrix: ## the wheel in empty environments: PYTHONS= with MATRIX= (torches, with commas for spaces)
-	scripts/test_matrix.sh "$(firstword $(wildcard dist/*.whl) dist/no.whl)" "$(PYTHONS)" "$(MATRIX)" \
-	  "$(TABLE)"
+test-matrix: ## the wheel of `make wheel` in empty environments (MATRIX=)
+	scripts/test_matrix.sh dist/*.whl $(TABLE) $(MATRIX)
 
 .PHONY: sanitize
 sanitize: $(VENV)/.installed ## the op tests with AddressSanitizer and UndefinedBehaviorSanitizer
