@@ -6,7 +6,7 @@
 #                          as here, the detectors and their libraries are left out
 #   TORCHES="2.10.0 2.13.0"   the torches of test-torch
 #   JOBS=2                 how many tests run at a time (the number of cores, but at most 8)
-#   MATRIX="python3.10:torch==2.10.0,torchvision==0.25.0 python3.13:torch==2.15.0"
+#   MATRIX="python3.10:torch==2.10.0,torchvision==0.25.0 python3.13:torch==2.14.1"
 #                          the environments of test-matrix; TABLE= the file for its table
 #   PY=python3.12          the interpreter of test-gpu and bench-gpu, with all they need
 #   ARGS="--quick"         arguments of `hqod demo`, pytest or bench_ops.py
