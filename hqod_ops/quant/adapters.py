@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hqod_ops import checks
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.calls import start_levels
 
@@ -221,6 +222,7 @@ def detection_network(model: nn.Module, outputs: str = "raw") -> nn.Module:
         TypeError: another kind of model; the message lists those that are known.
         ValueError: unknown outputs, or ``"boxes"`` of a model that has only raw ones.
     """
+    checks.module("model", model)
     if outputs not in OUTPUTS:
         raise ValueError(f"outputs: expected one of {', '.join(OUTPUTS)}, got {outputs!r}")
     adapter = find_adapter(model)

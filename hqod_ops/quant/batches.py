@@ -8,9 +8,32 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from hqod_ops import checks
 from hqod_ops.quant.adapters import find_adapter
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+
+def check_run(
+    model: object,
+    batches: object,
+    forward: object = None,
+    *,
+    steps: object = None,
+    float_model: object = None,
+) -> None:
+    """Check what a function that runs a model over batches is given, before anything changes.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    checks.module("model", model)
+    if float_model is not None:
+        checks.module("float_model", float_model)
+    checks.batches("batches", batches)
+    checks.function("forward", forward)
+    if steps is not None:
+        checks.count("steps", steps)
 
 
 @contextmanager

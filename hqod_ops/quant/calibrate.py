@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hqod_ops.quant.batches import check_run
 from hqod_ops.quant.modes import MODES, CalibrationRuns
 from hqod_ops.quant.nn.derived import current
 from hqod_ops.quant.nn.layers import QATLayer
@@ -96,13 +97,12 @@ def calibrate(
         >>> model[0].input_quantizer.codes()
         (0, 255)
     """
+    check_run(model, batches, forward, steps=steps)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "model: expected a model that is not wrapped in DistributedDataParallel yet: "
             "calibration changes the number of scales"
         )
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
     for name, value, allowed in (("mode", mode, MODES), ("unseen", unseen, UNSEEN)):
         if value not in allowed:
             raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")

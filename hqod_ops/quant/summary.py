@@ -10,6 +10,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from hqod_ops import checks
 from hqod_ops.quant.batches import call, evaluating
 from hqod_ops.quant.config.qat_config import FLOAT_BITS
 from hqod_ops.quant.nn.derived import current, sources
@@ -166,6 +167,8 @@ def summary(
         0      Linear       8  0.00784     0.0%  25.0%       8  0.0118   0.0%       25.0%
         1.2e-05 MB, in float 1.6e-05 MB
     """
+    checks.module("model", model)
+    checks.function("forward", forward)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QATLayer)}
     found = (m.input_quantizer for m in layers.values() if m.input_quantizer is not None)
     inputs = list(dict.fromkeys(found))  # several layers may share one

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from hqod_ops import checks
 from hqod_ops.quant.config.edge_layers import edge_patterns, no_such_layer
 from hqod_ops.quant.config.qat_config import (
     FLOAT_BITS,
@@ -219,6 +220,5 @@ def float_layers(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: the model is prepared already.
         TypeError: it is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    checks.module("model", model)
     return find_layers(model)
