@@ -2,12 +2,12 @@
 
     python scripts/old_runtime.py DIRECTORY --glibc 2.28 --glibcxx 3.4.24 --cxxabi 1.3.11
 
-A library that was linked on a new Linux asks for the newest version of each symbol, and an older Linux
-refuses to load it. Most symbols have older versions in the same files. This writes libc.so, libm.so and
-libstdc++.so with the symbols of this machine's, each in its newest version up to the limits, and
-nothing behind them: libraries linked against these (`-L DIRECTORY`, first) load wherever the limits
-hold. What has no version that old is missing, and the linker says so. The defaults are those of
-manylinux_2_28.
+A library that was linked on a new Linux asks for the newest version of each symbol, and an older
+Linux refuses to load it. Most symbols have older versions in the same files. This writes libc.so,
+libm.so and libstdc++.so with the symbols of this machine's, each in its newest version up to the
+limits, and nothing behind them: libraries linked against these (`-L DIRECTORY`, first) load
+wherever the limits hold. What has no version that old is missing, and the linker says so. The
+defaults are those of manylinux_2_28.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ def place(cxx: str, name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def stand_in(path: str, out: Path, soname: str, limits: dict[str, tuple[int, ...]], cxx: str) -> None:
+def stand_in(
+    path: str, out: Path, soname: str, limits: dict[str, tuple[int, ...]], cxx: str
+) -> None:
     """Write the stand-in of one library."""
     source, by_version = [], defaultdict(list)
     for name, versions in symbols(path).items():
@@ -78,7 +80,8 @@ def stand_in(path: str, out: Path, soname: str, limits: dict[str, tuple[int, ...
     versions_file.write_text(script)
     command = [cxx, "-shared", "-nostdlib", f"-Wl,-soname,{soname}"]
     subprocess.run(
-        [*command, f"-Wl,--version-script,{versions_file}", "-o", str(out), str(assembly)], check=True
+        [*command, f"-Wl,--version-script,{versions_file}", "-o", str(out), str(assembly)],
+        check=True,
     )
     assembly.unlink()
     versions_file.unlink()

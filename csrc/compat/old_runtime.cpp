@@ -1,5 +1,5 @@
-// What g++ 11 and newer take from the C and C++ runtime of their own time: defined here, a library loads
-// under the older one of the wheel's platform too. Only in builds with HQOD_PORTABLE; see
+// What g++ 11 and newer take from the C and C++ runtime of their own time: defined here, a library
+// loads under the older one of the wheel's platform too. Only in builds with HQOD_PORTABLE; see
 // scripts/old_runtime.py.
 #include <cstdlib>
 #include <new>
