@@ -2,12 +2,12 @@
 """What the CUDA kernels need of a device, read from the machine code of the library.
 
 For every kernel and architecture: registers, shared memory, local memory (stack and spills), the
-16-byte loads and stores, and how many loads are under way before the first of their results is used:
-16-byte ones where a kernel has such. For the fake-quant kernels the instructions an element, by
-class, in the code that works on whole vectors: there an element is rounded once, so elements are
+16-byte loads and stores, and how many loads are under way before the first of their results is
+used, 16-byte ones where a kernel has such. For the fake-quant kernels the instructions an element,
+by class, in the code that works on whole vectors: there an element is rounded once, so elements are
 counted by their roundings. It fails where a kernel uses local memory, or where one that is bound by
-memory lacks its wide accesses. It needs cuobjdump, of the CUDA toolkit or of the triton package, and
-no GPU.
+memory lacks its wide accesses. It needs cuobjdump, of the CUDA toolkit or of the triton package,
+and no GPU.
 
     python scripts/cuda_report.py                   check, and print a table
     python scripts/cuda_report.py --json FILE       write what was found, too
@@ -304,9 +304,7 @@ def as_json(kernels: list[Kernel]) -> str:
 def read_json(path: Path) -> list[Kernel]:
     """An earlier report."""
     earlier = json.loads(path.read_text())
-    return [
-        Kernel(**dict(zip(earlier["columns"], row, strict=True))) for row in earlier["kernels"]
-    ]
+    return [Kernel(**dict(zip(earlier["columns"], row, strict=True))) for row in earlier["kernels"]]
 
 
 def differences(kernels: list[Kernel], path: Path) -> list[str]:

@@ -58,8 +58,8 @@ HQOD_HD double less_than_multiple(double x, double n, double s) {
 HQOD_HD float magnitude(float x) { return __builtin_fabsf(x); }
 HQOD_HD double magnitude(double x) { return __builtin_fabs(x); }
 
-// The greater and the lesser of two, NaN where one is. A GPU's instructions take +0 for greater than
-// -0, elsewhere x stays as it is where the two are equal.
+// The greater and the lesser of two, NaN where one is. A GPU's instructions take +0 for greater
+// than -0, elsewhere x stays as it is where the two are equal.
 template <typename T>
 HQOD_HD T max_nan(T x, T low) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

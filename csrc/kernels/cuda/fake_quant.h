@@ -20,9 +20,9 @@ inline int64_t cuda_vector(const FakeQuantCall& call, bool rows) {
   return call.dtype == Dtype::kFloat32 || !rows ? 4 : 8;
 }
 
-// A block works on one unit: four accesses a thread in a row, more where that leaves work enough for
-// the whole device; in a tile one access a thread at each of as many steps as keep partial sums below
-// a thirtieth of the tensor, and more likewise.
+// A block works on one unit: four accesses a thread in a row, more where that leaves work enough
+// for the whole device; in a tile one access a thread at each of as many steps as keep partial sums
+// below a thirtieth of the tensor, and more likewise.
 inline FakeQuantLayout cuda_layout(const FakeQuantCall& call) {
   constexpr int64_t kThreads = 256, kEnoughUnits = 1024, kMostElements = 64;
   const int64_t size = call.dtype == Dtype::kFloat64 ? 8 : call.dtype == Dtype::kFloat32 ? 4 : 2;

@@ -10,8 +10,8 @@ HQOD_MATH_BEGIN
 template <int n_items>
 struct FakeQuantTotalKernel {
   static constexpr int kThreads = 1024, kBlocks = 1, kPhases = 4;
-  static constexpr int kSector = 8;   // neighbouring floats that a read brings along
-  static constexpr int kAtOnce = 8;   // loads of a thread under way
+  static constexpr int kSector = 8;  // neighbouring floats that a read brings along
+  static constexpr int kAtOnce = 8;  // loads of a thread under way
   struct Shared {
     double sums[2][kThreads];
   };

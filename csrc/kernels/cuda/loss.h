@@ -1,6 +1,6 @@
-// The kernels of every loss: a thread a sample, a block a chunk of as many samples as it has threads,
-// gradients recomputed from the inputs. A reduced loss of more than one chunk needs a second, small
-// kernel for its partial sums.
+// The kernels of every loss: a thread a sample, a block a chunk of as many samples as it has
+// threads, gradients recomputed from the inputs. A reduced loss of more than one chunk needs a
+// second, small kernel for its partial sums.
 #pragma once
 
 #include "kernels/cuda/launch.h"
