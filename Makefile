@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3.12      the interpreter
 #   TORCH=2.13.0           the torch: a version, or pip requirements; without torchvision among them,
-#                          as here, the detectors are left out
+#                          as here, the detectors and their libraries are left out
 #   TORCHES="2.10.0 2.13.0"   the torches of test-torch
 #   JOBS=2                 how many tests run at a time (the number of cores, but at most 8)
 #   PY=python3.12          the interpreter of test-gpu and bench-gpu, with all they need
@@ -27,7 +27,8 @@ ARGS ?=
 
 override TORCH := $(if $(findstring torch,$(TORCH)),$(TORCH),torch==$(strip $(TORCH)))
 comma := ,
-EXTRAS := [$(if $(findstring torchvision,$(TORCH)),detection$(comma))export$(comma)dev]
+LIBRARIES := $(subst |,$(comma),detection|ultralytics|transformers|openvino|)
+EXTRAS := [$(if $(findstring torchvision,$(TORCH)),$(LIBRARIES))export$(comma)dev]
 SUFFIX := $(if $(subst $(DEFAULT_TORCH),,$(TORCH)),-$(shell tr -cs 'A-Za-z0-9.\n' - <<< '$(TORCH)'))
 SUFFIX += $(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 VENV := .venv$(subst $() ,,$(SUFFIX))

@@ -1,4 +1,4 @@
-"""Checks of metadata, in front of every op: they name the argument, what was expected, what came.
+"""Checks of arguments, in front of every op: they name the argument, what was expected, what came.
 
 None of them reads a value, so none costs a device synchronisation. Tensors of one dtype and device
 pass at a glance; what may be wrong is looked for one by one behind that, for the message. The
@@ -9,10 +9,12 @@ RuntimeError.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
@@ -123,8 +125,10 @@ def channel_axis(x: Tensor, ch_axis: int) -> int:
 
 
 def integer(name: str, value: object) -> int:
-    """A whole number, of Python's or NumPy's."""
+    """A whole number, of Python's or NumPy's; a bool is none."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(
@@ -134,14 +138,82 @@ def integer(name: str, value: object) -> int:
 
 def number(name: str, value: object) -> None:
     """An option that is a number: it has no gradient, so it cannot be learned."""
-    if isinstance(value, (float, int)):
+    if isinstance(value, (float, int)) and not isinstance(value, bool):
         return
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
             f"{name}: expected a number, got a tensor that requires grad, which would get none"
         )
-    if not hasattr(value, "__float__"):
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
         raise TypeError(f"{name}: expected a number, got the {type(value).__name__} {value!r}")
+
+
+def at_least(name: str, value: Any, low: float) -> None:
+    """A number that is finite and not below a limit."""
+    number(name, value)
+    if not low <= float(value) < float("inf"):
+        raise ValueError(f"{name}: expected a finite number of at least {low:g}, got {value}")
+
+
+def count(name: str, value: Any, low: int = 1) -> int:
+    """A whole number that is not below a limit."""
+    whole = integer(name, value)
+    if whole < low:
+        raise ValueError(f"{name}: expected at least {low}, got {whole}")
+    return whole
+
+
+def module(name: str, value: object) -> None:
+    """A model."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {_said(value)}")
+
+
+def function(name: str, value: object) -> None:
+    """An optional function, or what can be called like one."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name}: expected a callable or None, got {_said(value)}")
+
+
+def batches(name: str, value: object) -> None:
+    """Something to take batches from, one after the other."""
+    one = isinstance(value, (Tensor, str, bytes, Mapping, nn.Module))
+    if one or not (isinstance(value, Iterable) or hasattr(value, "__getitem__")):
+        hint = "; for one batch give a list of it" if isinstance(value, (Tensor, Mapping)) else ""
+        raise TypeError(f"{name}: expected an iterable of batches, got {_said(value)}{hint}")
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """One name or several, none of them empty."""
+    several = (value,) if isinstance(value, str) else value
+    if not isinstance(several, Iterable) or isinstance(several, (Tensor, bytes, Mapping)):
+        raise TypeError(f"{name}: expected a name or a sequence of names, got {_said(value)}")
+    several = tuple(several)
+    for entry in several:
+        if not isinstance(entry, str):
+            raise TypeError(f"{name}: expected names (str), got {_said(entry)} among them")
+        if not entry:
+            raise ValueError(f"{name}: expected a name or a glob such as '*', got ''")
+    return several
+
+
+def file_path(name: str, value: Any) -> None:
+    """The path of a file to write."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected a str or a path, got {_said(value)}")
+    if os.path.isdir(value) or os.fspath(value) in ("", b""):
+        raise ValueError(f"{name}: expected the path of a file, got {os.fspath(value)!r}")
+
+
+def _said(value: object) -> str:
+    """A value in an error: a short one as it is, of others the class."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    kind = type(value).__name__
+    short = isinstance(value, (bool, int, float, str)) and len(repr(value)) < 60
+    return f"the {kind} {value!r}" if short else f"a {kind}"
 
 
 def flag(name: str, value: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -136,11 +137,35 @@ def _export(arguments: argparse.Namespace) -> int:
             arguments.out,
             opset=arguments.opset,
             nms=nms,
+            target=arguments.target,
             unsigned_weights=arguments.unsigned_weights,
         )
         print(report)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{arguments.checkpoint}: {error}") from None
+    return 0
+
+
+def _bench_export(arguments: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from hqod_ops.quant.export import bench_export, speed_table
+    from hqod_ops.training import ConfigError
+
+    try:
+        speeds = bench_export(
+            arguments.file,
+            runtimes=arguments.runtime,
+            size=arguments.size and tuple(arguments.size),
+            threads=arguments.threads or 1,
+            rounds=arguments.rounds,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if arguments.json:
+        print(json.dumps([asdict(speed) for speed in speeds]))
+    else:
+        print(speed_table(speeds))
     return 0
 
 
@@ -166,6 +191,20 @@ def _report(arguments: argparse.Namespace) -> int:
         draw_report(arguments.run, arguments.output, progress=False)
         files = "report.md, report.json, harmony.png, detections.png"
         print(f"Everything is in {arguments.output}: {files}")
+    return 0
+
+
+def _yolo(arguments: argparse.Namespace) -> int:
+    from hqod_ops.extras import requirer
+
+    requirer("ultralytics")("ultralytics")
+    from hqod_ops.integrations.ultralytics_trainer import command
+    from hqod_ops.training import ConfigError
+
+    try:
+        command(arguments.mode, arguments.setting)
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise ConfigError(f"hqod yolo {arguments.mode}: {error}") from None
     return 0
 
 
@@ -255,12 +294,28 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--nms", action="store_true", help="boxes after suppression, by the thresholds of the run"
     )
+    export.add_argument(
+        "--target",
+        choices=("onnxruntime", "openvino", "tensorrt", "smallest"),
+        default="onnxruntime",
+        help="where the file is to be fast, or small; default: onnxruntime",
+    )
     export.add_argument("--opset", type=_positive, metavar="N", help="highest opset to be used")
     export.add_argument(
         "--unsigned-weights",
         action="store_true",
         help="8-bit weights as uint8: exact on x86 without VNNI too",
     )
+
+    bench = command("bench-export", _bench_export, "Speed of ONNX files, beside the first of them.")
+    bench.add_argument("file", nargs="+", type=Path, help="such as float.onnx w4a4.onnx")
+    bench.add_argument(
+        "--runtime", action="append", choices=("onnxruntime", "openvino"), help="default: both"
+    )
+    bench.add_argument("--size", nargs=2, type=_positive, metavar=("H", "W"), help="if left open")
+    bench.add_argument("--rounds", type=_positive, default=20, metavar="N", help="default: 20")
+    bench.add_argument("--json", action="store_true", help="the same as data")
+    shared(bench)
 
     demo = command("demo", _demo, "FP32, then 4 and 2 bits with and without HQOD, on digits.")
     length = demo.add_mutually_exclusive_group()
@@ -279,6 +334,11 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--output", type=Path, metavar="DIRECTORY", help="for the table and for pictures"
     )
+
+    yolo = command("yolo", _yolo, "Ultralytics' train, val and predict, for quantized models.")
+    yolo.add_argument("mode", choices=("train", "val", "predict"))
+    own = "as of Ultralytics' yolo; for train also qat=PRESET|FILE.toml"
+    yolo.add_argument("setting", nargs="+", metavar="NAME=VALUE", help=own)
 
     command("info", _info, "Versions, libraries, instruction set, CUDA or why not.")
     return parser

@@ -30,7 +30,8 @@ PEERS = {"eager LSQ": peers.lsq, "torch's own": peers.torch_learnable}
 """What stands in for fake_quant: the rest of the toolkit is the same for all."""
 
 HAS_BREVITAS = importlib.util.find_spec("brevitas") is not None
-VARIANTS = ("float", *PEERS, *["brevitas"] * HAS_BREVITAS, "ours", "ours, on producers")
+OURS = ("ours", "ours, saved as codes", "ours, on producers", "ours, saved as codes, on producers")
+VARIANTS = ("float", *PEERS, *["brevitas"] * HAS_BREVITAS, *OURS)
 Batch = tuple[list[Tensor], list[dict[str, Tensor]]]
 
 
@@ -187,8 +188,9 @@ def make(variant: str, settings: Settings, batch: Batch, device: torch.device) -
     if variant == "brevitas":
         model = _with_brevitas(model, settings.config, batch)
     elif variant != "float":
-        model = prepare_qat(model, settings.config)
-        if variant == "ours, on producers":
+        save = "codes" if "saved as codes" in variant else None
+        model = prepare_qat(model, settings.config, save=save)
+        if variant.endswith("on producers"):
             place_on_producers(model)
         model = calibrate(model, [batch], progress=False)
     return model.train()
@@ -218,11 +220,16 @@ class Trial:
             found: dict[str, Tensor] = self.model(*self._batch)
         return found
 
-    def step(self) -> Tensor:
+    def backward(self) -> Tensor:
+        """The loss, with its gradients in place."""
         self.drop_gradients()
         with ops_of(self.variant):
             loss: Tensor = sum(self._losses().values())
             self._scaler.scale(loss).backward()
+        return loss
+
+    def step(self) -> Tensor:
+        loss = self.backward()
         self._scaler.step(self._optimizer)
         self._scaler.update()
         return loss.detach()

@@ -55,6 +55,20 @@ HQOD_HD double less_than_multiple(double x, double n, double s) {
 #endif
 }
 
+// The same for |n| <= 2^12: the halves of s have 12 bits each, and their products are exact.
+HQOD_HD float less_than_short_multiple(float x, float n, float s) {
+#if HQOD_FUSES
+  return mul_add(n, s, -x);
+#else
+  const float high = bit_cast<float>(bit_cast<uint32_t>(s) & ~uint32_t{0xfff});
+  return (n * high - x) + n * (s - high);
+#endif
+}
+
+HQOD_HD double less_than_short_multiple(double x, double n, double s) {
+  return less_than_multiple(x, n, s);
+}
+
 HQOD_HD float magnitude(float x) { return __builtin_fabsf(x); }
 HQOD_HD double magnitude(double x) { return __builtin_fabs(x); }
 

@@ -99,12 +99,26 @@ HQOD_HD T rounding_error(T x, T level, const QuantScale<T>& s) {
   return kind == Ratio::kInverse ? rest * s.inverse : rest / s.scale;
 }
 
+// What the parameters' gradients come in: as they are, or what a sum over one scale leaves to its
+// end, the slope times the scale and dz over -scale. That is less work a value, and wants
+// slopes_scale(s).
+enum class Slope { kPlain, kTimesScale };
+
+// Not so small or large that a slope times the scale and the gradient leaves the range of T; and
+// where products are not fused, codes short enough for less_than_short_multiple.
+template <typename T>
+HQOD_HD bool slopes_scale(const QuantScale<T>& s) {
+  const bool usual = magnitude(s.scale) >= T(0x1p-40) && magnitude(s.scale) <= T(0x1p40);
+  const bool fits = HQOD_FUSES || sizeof(T) == 8;
+  return usual && (fits || (magnitude(s.low) <= T(4096) && magnitude(s.high) <= T(4096)));
+}
+
 template <typename T>
 struct FakeQuantGrad {
   T dx, slope, dz;  // ds is slope dy: left to the sum that it goes into, for one fused step
 };
 
-template <Ratio kind, bool clipped, typename T>
+template <Ratio kind, bool clipped, Slope form = Slope::kPlain, typename T>
 HQOD_HD FakeQuantGrad<T> fake_quant_grad(T x, const QuantScale<T>& s, T dy) {
   bool stopped = false;
   if constexpr (clipped) {
@@ -114,8 +128,14 @@ HQOD_HD FakeQuantGrad<T> fake_quant_grad(T x, const QuantScale<T>& s, T dy) {
   const T code = round_even(quant_ratio<kind>(x, s));
   const T level = clamp_nan(code, s.low, s.high);
   const bool outside = differ(code, level);
-  return {outside | stopped ? T(0) : dy, outside ? level : rounding_error<kind>(x, level, s),
-          outside ? -s.scale * dy : T(0)};
+  const T dx = outside | stopped ? T(0) : dy;
+  if constexpr (form == Slope::kTimesScale) {
+    const T slope = less_than_short_multiple(outside ? T(0) : x, level, s.scale);
+    return {dx, slope, outside ? dy : T(0)};
+  } else {
+    const T slope = outside ? level : rounding_error<kind>(x, level, s);
+    return {dx, slope, outside ? -s.scale * dy : T(0)};
+  }
 }
 
 HQOD_MATH_END

@@ -67,6 +67,28 @@ def run(op: Any, *args: Any) -> Any:
         return op._op(*args)
 
 
+def look_at_saved(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What a function has saved, before its backward pass, which takes it by :func:`take_saved`.
+
+    Hooks of saved tensors may unpack each once a pass (activation checkpointing), so it is kept.
+    """
+    saved = take_saved(ctx)
+    ctx.unpacked = saved, [None if tensor is None else tensor._version for tensor in saved]
+    return saved
+
+
+def take_saved(ctx: Any) -> tuple[Tensor | None, ...]:
+    """``ctx.saved_tensors``, also after a look at them."""
+    known = vars(ctx).pop("unpacked", None)
+    if known is not None and all(
+        tensor is None or tensor._version == version for tensor, version in zip(*known, strict=True)
+    ):
+        found: tuple[Tensor | None, ...] = known[0]
+        return found
+    saved: tuple[Tensor | None, ...] = ctx.saved_tensors  # which says what was changed
+    return saved
+
+
 def direct_apply(function: Any, transformable: Any = None) -> Callable[..., Any]:
     """``function.apply`` without its handling of functorch's wrappers, where none are active.
 
@@ -202,8 +224,16 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-            found = recompute(ctx, grad, ctx.saved_tensors, ctx.needs_input_grad[mine])
+            found = recompute(ctx, grad, take_saved(ctx), ctx.needs_input_grad[mine])
             return None, *found, *others
+
+        @staticmethod
+        def make_again(ctx: Any, index: int) -> Tensor:
+            """The output, until the backward pass: for those who would keep it."""
+            inputs = look_at_saved(ctx)  # first: checkpointing records a graph to find them
+            with _below_autograd():
+                output: Tensor = op._op(*inputs, *ctx.options)
+            return output
 
     transformed = transformable(op, backward_op, gradients, recompute)
     apply_recomputing = direct_apply(Recomputing, transformed)

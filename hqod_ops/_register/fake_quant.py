@@ -11,14 +11,17 @@ from torch import Tensor
 from hqod_ops._register._autograd import (
     differentiable,
     direct_apply,
+    look_at_saved,
     register,
     run,
+    take_saved,
     wants_graph,
 )
 from hqod_ops._register._fake import fake_gradient, one_device
 
 _ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}  # Activation in csrc/math/fake_quant.h
 
+_op = torch.ops.hqod.fake_quant.default
 _foreach_backward_op = torch.ops.hqod._fake_quant_foreach_backward.default
 
 
@@ -174,10 +177,29 @@ class _Foreach(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        lists = _split(ctx.saved_tensors, ctx.lengths)
+        lists = _split(take_saved(ctx), ctx.lengths)
         needed = _split(ctx.needs_input_grad[2:], ctx.lengths)
         gradients = _foreach_gradients(grads, lists, ctx.options, needed)
         return None, None, *(gradient for values in gradients for gradient in values)
+
+    @staticmethod
+    def make_again(ctx: Any, index: int) -> Tensor:
+        """One of the outputs, until the backward pass: for those who would keep it."""
+        xs, scales, zero_points = _split(look_at_saved(ctx), ctx.lengths)
+        quant_min, quant_max, *options = ctx.options
+        zero_point = zero_points[index] if zero_points else None
+        with torch.no_grad():
+            y: Tensor = run(
+                _op,
+                xs[index],
+                scales[index],
+                zero_point,
+                quant_min[index],
+                quant_max[index],
+                *options,
+                0,
+            )
+        return y
 
 
 _apply_foreach = direct_apply(_Foreach)

@@ -114,13 +114,28 @@ class Hook:
         # The class has no name by which a pickle could find it, so it is made anew from its bases.
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         _, (_, *arguments), *state = reduced
-        return _new, (self._hqod_hook, self._hqod_base, *arguments), *state
+        return _new, (*_hooks(type(self)), *arguments), *state
 
 
-def _new(hook: type[Hook], base: type, *arguments: Any) -> Any:
+def _new(hooks: tuple[type[Hook], ...], base: type, *arguments: Any) -> Any:
     """An empty object for :mod:`pickle` and :mod:`copy`."""
-    kind = _hooked(hook, base)
+    kind = _with_hooks(hooks, base)
     return kind.__new__(kind, *arguments)
+
+
+def _hooks(kind: Any) -> tuple[tuple[type[Hook], ...], type]:
+    """The hooks before a library's class, the outermost first, and that class."""
+    hooks = []
+    while "_hqod_hook" in vars(kind):
+        hooks.append(kind._hqod_hook)
+        kind = kind._hqod_base
+    return tuple(hooks), kind
+
+
+def _with_hooks(hooks: tuple[type[Hook], ...], base: type) -> type:
+    for hook in reversed(hooks):
+        base = _hooked(hook, base)
+    return base
 
 
 _CLASSES: dict[tuple[type, type], type] = {}
@@ -172,18 +187,20 @@ def _parameters(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in parameters if p.kind not in open_ended]
 
 
-def add_hook(owner: Any, hook: type[Hook], terms: Terms) -> None:
+def add_hook(owner: Any, hook: type[Hook], terms: Terms | None = None) -> None:
     """Put a hook before the class of an object, in place; one that has it gets the terms."""
     if not isinstance(owner, hook):
         check_hook(hook, type(owner))
         owner.__class__ = _hooked(hook, type(owner))
-    owner.__dict__["_hqod_terms"] = terms
+    if terms is not None:
+        owner.__dict__["_hqod_terms"] = terms
 
 
-def remove_hook(owner: Any) -> None:
-    """Give an object its class back."""
-    if isinstance(owner, Hook):
-        owner.__class__ = owner._hqod_base
+def remove_hook(owner: Any, hook: type[Hook]) -> None:
+    """Give an object the class that it had without a hook; others stay."""
+    hooks, base = _hooks(type(owner))
+    if hook in hooks:
+        owner.__class__ = _with_hooks(tuple(other for other in hooks if other is not hook), base)
         owner.__dict__.pop("_hqod_terms", None)
 
 
@@ -339,6 +356,6 @@ def unharmonize(model: _Model) -> _Model:
     Raises:
         TypeError: a kind of model that cannot be harmonized.
     """
-    for owner, _ in _places(model):
-        remove_hook(owner)
+    for owner, hook in _places(model):
+        remove_hook(owner, hook)
     return model

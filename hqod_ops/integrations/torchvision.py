@@ -123,6 +123,15 @@ class Torchvision(Adapter):
     def __init__(self, network: type[DetectorNetwork], *prediction: str) -> None:
         self.network, self._prediction = network, prediction
 
+    def arguments(self, model: Any, batch: Any) -> tuple[Any, ...] | None:
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            return None
+        images, targets = batch
+        of_dicts = isinstance(targets, (tuple, list)) and all(isinstance(t, dict) for t in targets)
+        if not of_dicts or not isinstance(images, (tuple, list, Tensor)):
+            return None
+        return (list(images), list(targets)) if model.training else (list(images),)
+
     def first(self, model: nn.Module, layers: Sequence[str]) -> Sequence[str]:
         return layers[:1]
 

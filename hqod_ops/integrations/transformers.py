@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,6 +226,11 @@ class DETRAdapter(Adapter):
     """The first convolution, and the last layers of what predicts classes, boxes and quality."""
 
     network = Network
+
+    def arguments(self, model: Any, batch: Any) -> dict[str, Any] | None:
+        if not (isinstance(batch, Mapping) and "pixel_values" in batch):
+            return None
+        return {key: batch[key] for key in batch if model.training or key != "labels"}
 
     def first(self, model: nn.Module, layers: Sequence[str]) -> Sequence[str]:
         return layers[:1]

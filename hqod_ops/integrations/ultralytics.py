@@ -10,7 +10,7 @@ package contains none of it and needs it only where a user gives one of its mode
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from hqod_ops.integrations.harmonize import (
     Hook,
     Places,
     Recorder,
-    Terms,
     add_hook,
     check_hook,
     full_precision,
@@ -64,16 +63,19 @@ def _parts(criterion: Any) -> Places:
 
 
 class _Unfused(Hook):
+    """Validation and prediction fold batch norms into weights, whose quantizers they would take for
+    another library's: a quantized model stays as it was trained."""
+
     tested = TESTED
 
     def fuse(self, verbose: Any = True, imgsz: Any = 640) -> Any:
-        """Validation and prediction fold batch norms into weights, whose quantizers they would take
-        for another library's: a quantized model stays as it was trained."""
         library: Any = super()
         return self if is_quantized(self) else library.fuse(verbose, imgsz)
 
 
-class _Model(_Unfused):
+class _Model(Hook):
+    tested = TESTED
+
     def init_criterion(self) -> Any:
         library: Any = super()
         criterion = library.init_criterion()
@@ -85,12 +87,6 @@ class _Model(_Unfused):
 def is_quantized(model: Any) -> bool:
     """Whether a model was given to :func:`hqod_ops.quant.prepare_qat`."""
     return isinstance(model, nn.Module) and any(isinstance(m, QATLayer) for m in model.modules())
-
-
-def keep_unfused(model: nn.Module) -> None:
-    """Let Ultralytics validate and predict with a quantized model that is not harmonized."""
-    if not isinstance(model, _Unfused):
-        add_hook(model, _Unfused, Terms())
 
 
 class Network(DetectorNetwork):
@@ -126,6 +122,16 @@ class YOLOAdapter(Adapter):
     """The first convolution, and the bare ones of the head, outside of blocks with a batch norm."""
 
     network = Network
+
+    def arguments(self, model: Any, batch: Any) -> tuple[Any, ...] | None:
+        if not (isinstance(batch, Mapping) and "img" in batch):
+            return None
+        images = batch["img"]
+        # A loader gives bytes, which the library's trainer divides.
+        return (images if images.is_floating_point() else images.float() / 255,)
+
+    def prepared(self, model: nn.Module) -> None:
+        add_hook(model, _Unfused)
 
     def first(self, model: nn.Module, layers: Sequence[str]) -> Sequence[str]:
         return layers[:1]

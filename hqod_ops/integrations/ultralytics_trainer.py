@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from ultralytics import YOLO
+from ultralytics.cfg import parse_key_value_pair
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import DEFAULT_CFG
 from ultralytics.utils.torch_utils import unwrap_model
 
 from hqod_ops.integrations.harmonize import harmonize
-from hqod_ops.integrations.ultralytics import (
-    is_quantized,
-    keep_unfused,
-)
-from hqod_ops.quant import QATConfig, Rule, calibrate, prepare_qat
+from hqod_ops.integrations.ultralytics import is_quantized
+from hqod_ops.quant import QATConfig, calibrate, prepare_qat
 from hqod_ops.quant.config.qat_config import get_config
+from hqod_ops.quant.config.toml import from_toml
 from hqod_ops.quant.parameters import quantizer_parameters
 
 
@@ -32,12 +33,14 @@ class HQODTrainer(DetectionTrainer):  # type: ignore[misc]
     validates and predicts with; opening it needs this package. For a file to deploy call
     :func:`hqod_ops.quant.export_onnx`, as Ultralytics' export knows nothing of the quantizers.
 
-    To change an attribute derive a class, in a module that can be imported: Ultralytics starts the
-    processes of a training on several GPUs by its name.
+    The attributes below are also arguments of ``YOLO.train``, beside Ultralytics' own. On the
+    command line: ``hqod yolo train model=yolo11n.pt data=coco8.yaml qat=hqod_w4a4``. A training
+    that is resumed goes on with those that it was started with.
 
     Attributes:
-        qat (QATConfig or str): see :func:`hqod_ops.quant.prepare_qat`. Without edge layers in it
-            they are the first convolution and the last ones of the head. Default: ``"hqod_w4a4"``
+        qat (QATConfig or str): see :func:`hqod_ops.quant.prepare_qat`; a str that ends in ``.toml``
+            is a file. Without edge layers in it they are the first convolution and the last ones of
+            the head. Default: ``"hqod_w4a4"``
         hqod (mapping, optional): options of :func:`hqod_ops.integrations.harmonize`; None for the
             loss as it is. Default: ``{}``
         calibration_batches (int): how many batches calibrate. Default: 8
@@ -46,33 +49,42 @@ class HQODTrainer(DetectionTrainer):  # type: ignore[misc]
         >>> from ultralytics import YOLO
         >>> from hqod_ops.integrations.ultralytics_trainer import HQODTrainer
         >>> model = YOLO("yolo11n.yaml")
-        >>> model.train(trainer=HQODTrainer, data="coco8.yaml", epochs=10)  # doctest: +SKIP
+        >>> model.train(trainer=HQODTrainer, data="coco8.yaml", qat="w8a8")  # doctest: +SKIP
     """
 
     qat: ClassVar[QATConfig | str] = "hqod_w4a4"
     hqod: ClassVar[Mapping[str, Any] | None] = {}
     calibration_batches: ClassVar[int] = 8
 
+    def __init__(self, cfg: Any = DEFAULT_CFG, overrides: Any = None, _callbacks: Any = None):
+        given = dict(overrides or {})
+        names = ("qat", "hqod", "calibration_batches")
+        own = {name: given.pop(name) for name in names if name in given}
+        if own:
+            # The processes of a training on several GPUs are given the class and Ultralytics' own
+            # arguments.
+            self.__class__ = type(type(self).__name__, (type(self),), own)
+        _config(self.qat)  # an error now, not when the data is loaded
+        self._resumed = False
+        super().__init__(cfg, given, _callbacks)
+
     def setup_model(self) -> Any:
         """As Ultralytics, and the quantized model of a checkpoint that is resumed."""
         checkpoint = super().setup_model()
         if self.resume and checkpoint and is_quantized(checkpoint["ema"]):
             self.model = copy.deepcopy(checkpoint["ema"]).float().requires_grad_(True)
+            self._resumed = True
         return checkpoint
 
     def set_model_attributes(self) -> None:
         """As Ultralytics; after it the model is complete, and neither compiled nor wrapped."""
         super().set_model_attributes()
+        if self._resumed:  # with its quantizers and terms
+            return
         if self.hqod is not None:
             harmonize(self.model, **self.hqod)
-        keep_unfused(self.model)
         if not is_quantized(self.model):
-            config = get_config(self.qat)
-            if self.model.model[-1].reg_max > 1:
-                # A convolution sums up the distribution of a side, with constants as weights.
-                constant = Rule("*.dfl.conv", skip=True)
-                config = replace(config, overrides=(*config.overrides, constant))
-            prepare_qat(self.model, config)
+            prepare_qat(self.model, _config(self.qat))
             self._calibrate()
 
     def _calibrate(self) -> None:
@@ -81,7 +93,7 @@ class HQODTrainer(DetectionTrainer):  # type: ignore[misc]
         batches = [
             self.preprocess_batch(b)["img"] for b in islice(loader, self.calibration_batches)
         ]
-        calibrate(self.model, batches, progress=False, forward=_both_heads)
+        calibrate(self.model, batches, progress=False)
 
     def build_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Ultralytics, with the scales among the parameters that do not decay."""
@@ -89,12 +101,38 @@ class HQODTrainer(DetectionTrainer):  # type: ignore[misc]
         scales = {id(p): p for p in quantizer_parameters(unwrap_model(model))}
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if id(p) not in scales]
-        still = next(g for g in optimizer.param_groups if g.get("param_group") == "bn")
+        # Of MuSGD's two the last has the usual rate.
+        still = [g for g in optimizer.param_groups if g.get("param_group") == "bn"][-1]
         still["params"].extend(scales.values())
         return optimizer
 
 
-def _both_heads(model: nn.Module, images: torch.Tensor) -> None:
-    """Of an end-to-end model one runs in training only. Boxes are decoded in evaluation only."""
-    model.train()(images)
-    model.eval()(images)
+def _config(qat: QATConfig | str) -> QATConfig:
+    """What ``qat`` says."""
+    if isinstance(qat, str) and qat.endswith(".toml"):
+        return from_toml(Path(qat).read_text(encoding="utf-8"))
+    return get_config(qat)
+
+
+def command(mode: str, arguments: list[str]) -> None:
+    """``hqod yolo``: what Ultralytics' own command does, with :class:`HQODTrainer`.
+
+    Args:
+        mode (str): ``"train"``, ``"val"`` or ``"predict"``.
+        arguments (list of str): ``name=value``, Ultralytics' and those of the trainer.
+
+    Raises:
+        ValueError: an argument of another form, or no model.
+    """
+    given: dict[str, Any] = {}
+    for argument in arguments:
+        if "=" not in argument:
+            raise ValueError(f"{argument}: expected name=value")
+        name, value = parse_key_value_pair(argument)
+        given[name] = value
+    if "model" not in given:
+        raise ValueError("model: expected model=FILE.pt or model=FILE.yaml, got none")
+    model = YOLO(given.pop("model"))
+    if mode == "train":
+        given["trainer"] = HQODTrainer
+    getattr(model, mode)(**given)

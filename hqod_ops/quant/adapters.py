@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hqod_ops import checks
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.calls import start_levels
 
@@ -125,6 +126,23 @@ class Adapter:
         """The layers whose outputs are the predictions, as :meth:`first`."""
         return None
 
+    def arguments(self, model: Any, batch: Any) -> tuple[Any, ...] | dict[str, Any] | None:
+        """What a model is called with for a batch as its library's loaders make them.
+
+        Args:
+            model (nn.Module): the detector; in training mode it may want more than images.
+            batch: such a batch, or something else.
+
+        Returns:
+            tuple or dict, optional: arguments or keyword arguments; None for a batch of a kind that
+            the adapter does not know.
+        """
+        return None
+
+    def prepared(self, model: nn.Module) -> None:
+        """Called at the end of :func:`hqod_ops.quant.prepare_qat`: what the library must be told of
+        a model with quantizers."""
+
 
 def register_adapter(kind: type[nn.Module], adapter: Adapter) -> None:
     """Let an adapter speak for the models of a class, and of its subclasses without one.
@@ -204,6 +222,7 @@ def detection_network(model: nn.Module, outputs: str = "raw") -> nn.Module:
         TypeError: another kind of model; the message lists those that are known.
         ValueError: unknown outputs, or ``"boxes"`` of a model that has only raw ones.
     """
+    checks.module("model", model)
     if outputs not in OUTPUTS:
         raise ValueError(f"outputs: expected one of {', '.join(OUTPUTS)}, got {outputs!r}")
     adapter = find_adapter(model)

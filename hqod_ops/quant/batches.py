@@ -8,7 +8,32 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from hqod_ops import checks
+from hqod_ops.quant.adapters import find_adapter
+
 _Model = TypeVar("_Model", bound=nn.Module)
+
+
+def check_run(
+    model: object,
+    batches: object,
+    forward: object = None,
+    *,
+    steps: object = None,
+    float_model: object = None,
+) -> None:
+    """Check what a function that runs a model over batches is given, before anything changes.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    checks.module("model", model)
+    if float_model is not None:
+        checks.module("float_model", float_model)
+    checks.batches("batches", batches)
+    checks.function("forward", forward)
+    if steps is not None:
+        checks.count("steps", steps)
 
 
 @contextmanager
@@ -26,14 +51,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def call(model: _Model, batch: Any, forward: Callable[[_Model, Any], object] | None) -> object:
     """Run one batch: ``forward(model, batch)``, or the model with the inputs among the batch.
 
-    These are the batch as it is, of a tuple or list the first entry, a list of images
-    (Tensor[C, H, W]) as a whole.
+    What these are an adapter may know. Else they are the batch as it is, of a tuple or list the
+    first entry, a list of images (Tensor[C, H, W]) as a whole.
 
     Raises:
         TypeError: there is no forward, and the model does not take inputs of another kind.
     """
     if forward is not None:
         return forward(model, batch)
+    adapter = find_adapter(model)
+    known = None if adapter is None else adapter.arguments(model, batch)
+    if isinstance(known, dict):
+        return model(**known)
+    if known is not None:
+        return model(*known)
     inputs = _inputs(batch)
     try:
         return model(inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,14 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hqod_ops.quant.batches import call, evaluating
+from hqod_ops.quant.batches import check_run
+from hqod_ops.quant.modes import MODES, CalibrationRuns
 from hqod_ops.quant.nn.derived import current
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.observers import gather
 from hqod_ops.quant.quantizers.base import Observed, Quantizer
-from hqod_ops.quant.quantizers.calls import reset_levels
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+UNSEEN = ("error", "float")
 
 
 @torch.no_grad()
@@ -31,15 +33,17 @@ def calibrate(
     steps: int | None = None,
     *,
     forward: Callable[[_Model, Any], object] | None = None,
+    mode: str = "auto",
+    unseen: str = "error",
     progress: bool = True,
     distributed: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> _Model:
     """Set every scale of a prepared model, from its weights and from the inputs of its layers.
 
-    The model runs over the batches in eval mode, with fake quantization off; then scales, signs of
-    the inputs and numbers of levels are set, whatever they were before. The scales of the weights
-    are set here too, so load a float checkpoint before. Where no input is quantized, one batch is
+    The model runs over the batches with fake quantization off; then scales, signs of the inputs and
+    numbers of levels are set, whatever they were before. The scales of the weights are set here
+    too, so load a float checkpoint before. Where no input is quantized, one batch is
     enough. A weight that no call of its layer uses, as where other code reads ``layer.weight``
     itself, is never quantized: a warning names it.
 
@@ -54,9 +58,21 @@ def calibrate(
     Args:
         model (nn.Module): a model from :func:`prepare_qat`.
         batches (iterable): of batches. Without a ``forward``, each is passed to the model as it is,
-            of a tuple or list the first entry, a list of images (Tensor[C, H, W]) as a whole.
+            of a tuple or list the first entry, a list of images (Tensor[C, H, W]) as a whole; a
+            detector of a library takes what that library's loaders give: (images, targets) of
+            torchvision, a dict with ``"img"`` of Ultralytics, with ``"pixel_values"`` of
+            Transformers.
         steps (int, optional): so many batches at most. Default: None, all
         forward (callable, optional): ``forward(model, batch)`` runs one batch. Default: None
+        mode (str): in which mode the model runs: ``"eval"``, as it will be used; ``"train"``, with
+            the statistics of each batch, for batch norms whose running statistics do not fit;
+            ``"auto"``, as ``"eval"``, and in training mode besides for the layers which that does
+            not reach. It warns where running statistics do not fit. In training mode a detector may
+            want batches with targets. Buffers stay as they were. Default: ``"auto"``
+        unseen (str): what becomes of layers that no data reached: ``"error"`` names them all,
+            ``"float"`` leaves them in float, with a warning. One that has the weight of another
+            layer which data reached, such as the copies of heads that some DETRs keep, is left in
+            any case. Default: ``"error"``
         progress (bool): show a bar, if rich is installed. Default: True
         distributed (bool): exchange what was seen where ``torch.distributed`` is initialised; False
             for a process that calibrates alone. Default: True
@@ -67,8 +83,8 @@ def calibrate(
 
     Raises:
         ValueError: the model is not prepared, or wrapped in ``DistributedDataParallel``; there was
-            no batch, a layer was never reached (naming it), its input held NaN, or steps is less
-            than 1. The scales are then as they were.
+            no batch, layers were never reached (naming them), an input held NaN, steps is less than
+            1, mode or unseen is unknown. The scales are then as they were.
         TypeError: the model does not take a batch as it is, a dict for one, and forward is missing.
         RuntimeError: calibration failed in another process.
 
@@ -81,31 +97,40 @@ def calibrate(
         >>> model[0].input_quantizer.codes()
         (0, 255)
     """
+    check_run(model, batches, forward, steps=steps)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise ValueError(
             "model: expected a model that is not wrapped in DistributedDataParallel yet: "
             "calibration changes the number of scales"
         )
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
-    layers = [module for module in model.modules() if isinstance(module, QATLayer)]
-    weights = {m.weight_quantizer: m for m in layers if m.weight_quantizer is not None}
+    for name, value, allowed in (("mode", mode, MODES), ("unseen", unseen, UNSEEN)):
+        if value not in allowed:
+            raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, QATLayer)}
+    weights = {m.weight_quantizer: m for m in layers.values() if m.weight_quantizer is not None}
     inputs = [q for q in model.modules() if isinstance(q, Quantizer) and q not in weights]
     if not weights and not inputs:
         raise ValueError("model: expected a model from prepare_qat, it has no quantizer")
 
     # Compiled code would be compiled for this alone, and break at the observers.
     eager = torch.compiler.set_stance("force_eager")
-    with eager, evaluating(model), _observing(weights, inputs):
+    runs = CalibrationRuns(model, mode, inputs, forward)
+    with eager, runs, _observing(weights, inputs):
         some = _progress(batches, steps) if progress else islice(batches, steps)
-        seen = _look(model, weights, inputs, some, forward)
+        seen = _look(runs, weights, inputs, some, _copies(layers))
         everyone = gather(seen, group) if distributed else [seen]
         _raise_failures(seen, everyone, bool(inputs))
         _merge(inputs, everyone)
-        observed = [*everyone[0].weights, *(_input_scale(quantizer) for quantizer in inputs)]
-    _warn_unused(weights, everyone)
-    for quantizer, values in zip([*weights, *inputs], observed, strict=True):
-        quantizer.set_scale(*values)
+        copies = _copies(layers)()
+        observed = dict(zip(weights, everyone[0].weights, strict=True))
+        scales = {quantizer: quantizer.observed_scale() for quantizer in inputs}
+    left_out = _left_out(layers, scales, copies, unseen, runs.problem)
+    _warn_unused(weights, everyone, left_out)
+    for quantizer, values in {**observed, **scales}.items():
+        if quantizer in left_out or values is None:
+            quantizer.leave_out()
+        else:
+            quantizer.set_scale(*values)
     return model
 
 
@@ -146,11 +171,11 @@ def _observing(weights: Iterable[Quantizer], inputs: Iterable[Quantizer]) -> Ite
 
 
 def _look(
-    model: _Model,
+    runs: CalibrationRuns,
     weights: dict[Quantizer, QATLayer],
     inputs: list[Quantizer],
     batches: Iterable[Any],
-    forward: Callable[[_Model, Any], object] | None,
+    spare: Callable[[], set[Quantizer]],
 ) -> _Seen:
     """The statistics of this process. An error is kept: the other processes wait for an answer."""
     seen = _Seen()
@@ -159,8 +184,7 @@ def _look(
         with _noting_use(weights) as used:
             # Without inputs to look at, one batch shows which weights are used.
             for batch in batches if inputs else islice(batches, 1):
-                reset_levels(model)
-                call(model, batch, forward)
+                runs.run(batch, spare=spare)
                 seen.batches += 1
         seen.used = [quantizer in used for quantizer in weights]
         seen.inputs = [quantizer.observed_state() for quantizer in inputs]
@@ -195,11 +219,71 @@ def _noting_use(weights: Iterable[Quantizer]) -> Iterator[set[nn.Module]]:
             handle.remove()
 
 
-def _warn_unused(weights: Iterable[Quantizer], everyone: list[_Seen]) -> None:
+def _copies(layers: Mapping[str, QATLayer]) -> Callable[[], set[Quantizer]]:
+    """A function that says which inputs were not seen of layers whose weight is that of another,
+    which was."""
+    by_weight: dict[int, list[QATLayer]] = {}
+    for layer in layers.values():
+        by_weight.setdefault(id(layer.weight), []).append(layer)
+    tied = [group for group in by_weight.values() if len(group) > 1]
+
+    def copies() -> set[Quantizer]:
+        found: set[Quantizer] = set()
+        for group in tied:
+            inputs = {q for layer in group if (q := layer.input_quantizer) is not None}
+            unseen = {quantizer for quantizer in inputs if not quantizer.has_seen}
+            if unseen != inputs:
+                found |= unseen
+        return found
+
+    return copies
+
+
+def _left_out(
+    layers: Mapping[str, QATLayer],
+    scales: Mapping[Quantizer, Observed | None],
+    copies: set[Quantizer],
+    unseen: str,
+    problem: str | None,
+) -> set[Quantizer]:
+    """The quantizers of inputs that no data reached, and of the weights of these layers.
+
+    Raises:
+        ValueError: there are some that are no copies, where that is an error.
+    """
+    missing = {quantizer for quantizer, scale in scales.items() if scale is None}
+    names = [name for name, layer in layers.items() if layer.input_quantizer in missing - copies]
+    readers = {layer.input_quantizer for layer in layers.values()}
+    names += [quantizer.label for quantizer in missing if quantizer not in readers]
+    if names and unseen == "error":
+        several = len(names) > 1
+        raise ValueError(
+            f"{', '.join(names)}: no data reached {'these layers' if several else 'this layer'} in "
+            "calibration (also where other code reads its weight and does not call it); give a "
+            'forward that runs it, leave it in float by unseen="float" or leave it out with '
+            f"Rule({names[0]!r}, skip=True)"
+            + (f". In training mode the model failed: {problem}" if problem else "")
+        )
+    if names:
+        warnings.warn(
+            f"{', '.join(names)}: no data reached these layers in calibration, they stay in float",
+            stacklevel=4,
+        )
+    of_weights = {
+        quantizer
+        for layer in layers.values()
+        if layer.input_quantizer in missing and (quantizer := layer.weight_quantizer) is not None
+    }
+    return missing | of_weights
+
+
+def _warn_unused(
+    weights: Iterable[Quantizer], everyone: list[_Seen], left_out: set[Quantizer]
+) -> None:
     if not any(seen.batches for seen in everyone):
         return
     used = [any(flags) for flags in zip(*(seen.used for seen in everyone), strict=True)]
-    unused = [quantizer for quantizer, flag in zip(weights, used, strict=True) if not flag]
+    unused = [q for q, flag in zip(weights, used, strict=True) if not flag and q not in left_out]
     names = [quantizer.label.removesuffix(".weight_quantizer") for quantizer in unused]
     if names:
         warnings.warn(
@@ -227,18 +311,6 @@ def _weight_scale(quantizer: Quantizer, weight: Tensor) -> Observed:
         quantizer.stop_observing()
     if observed is None:
         raise ValueError(f"{quantizer.label}: expected a weight, got an empty tensor")
-    return observed
-
-
-def _input_scale(quantizer: Quantizer) -> Observed:
-    observed = quantizer.observed_scale()
-    if observed is None:
-        name = quantizer.label.removesuffix(".input_quantizer")
-        raise ValueError(
-            f"{name}: no data reached this layer in calibration (also where other code reads its "
-            "weight and does not call it); give a forward that runs it, or leave it out with "
-            f"Rule({name!r}, skip=True)"
-        )
     return observed
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hqod_ops import checks
 from hqod_ops.quant.quantizers.base import Quantizer
 
 
@@ -19,6 +20,7 @@ def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
     Returns:
         list of nn.Parameter: empty for a float model.
     """
+    checks.module("model", model)
     found = {
         id(parameter): parameter
         for module in model.modules()
@@ -45,6 +47,10 @@ def parameter_groups(
         list of dict: two groups, ``params`` and ``weight_decay`` in each: the scales last. Frozen
         parameters are left out.
 
+    Raises:
+        ValueError: a decay is negative or not finite.
+        TypeError: model is no module, or a decay no number.
+
     Example:
         >>> import torch
         >>> from torch import nn
@@ -55,6 +61,8 @@ def parameter_groups(
         [(2, 0.05), (2, 0.0)]
     """
     scales = quantizer_parameters(model)
+    checks.at_least("weight_decay", weight_decay, 0)
+    checks.at_least("scale_weight_decay", scale_weight_decay, 0)
     ids = {id(parameter) for parameter in scales}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
     return [
@@ -67,6 +75,7 @@ def parameter_groups(
 
 
 def _quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:
+    checks.module("model", model)
     # A state_dict has the entries of a module under every name that leads to it.
     modules = model.named_modules(remove_duplicate=False)
     return tuple(f"{name}." for name, module in modules if isinstance(module, Quantizer))
@@ -103,6 +112,8 @@ def load_float_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> No
         ValueError: keys are missing or unknown; it names them.
         RuntimeError: shapes differ.
     """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict: expected a mapping, got {type(state_dict).__name__}")
     prefixes = _quantizer_prefixes(model)
     expected = {name for name in model.state_dict() if not name.startswith(prefixes)}
     missing, unknown = expected - set(state_dict), set(state_dict) - expected

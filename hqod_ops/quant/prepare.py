@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hqod_ops import checks
+from hqod_ops.quant.adapters import find_adapter
 from hqod_ops.quant.config.plan import LayerPlan, float_layers, plan_layers
 from hqod_ops.quant.config.qat_config import FLOAT_BITS, QATConfig, changed, get_config
 from hqod_ops.quant.dataflow.attach import ExpectedModules
@@ -31,6 +33,7 @@ def prepare_qat(
     first: Patterns | None = None,
     prediction: Patterns | None = None,
     foreach: bool | None = None,
+    save: str | None = None,
     example: Any = None,
 ) -> _Model:
     """Turn a float model into a QAT model, in place.
@@ -69,9 +72,11 @@ def prepare_qat(
         config (QATConfig or str): a configuration, or the preset ``"hqod_w4a4"``,
             ``"hqod_w2a2"``, ``"w8a8"`` or another of :data:`PRESETS`. Default: ``"hqod_w4a4"``
         first (str or sequence of str, optional), prediction (str or sequence of str, optional),
-            foreach (bool, optional): in place of those of config. Default: None
+            foreach (bool, optional), save (str, optional): in place of those of config.
+            Default: None
         example (optional): a batch, such as :func:`calibrate` takes them, for
-            ``batch_norm="fold"``, which must see the model run. Default: None
+            ``batch_norm="fold"``, which must see the model run, and ``placement="producers"``,
+            which then sees what tracing would not reach. Default: None
 
     Returns:
         nn.Module: the same object. Parameters keep their objects and names, so optimizers made
@@ -93,7 +98,11 @@ def prepare_qat(
         >>> type(prepare_qat(model, "hqod_w2a2", first="0", prediction="2")[0]).__name__
         'QATConv2d'
     """
-    config = changed(get_config(config), first=first, prediction=prediction, foreach=foreach)
+    if foreach is not None:
+        checks.flag("foreach", foreach)
+    config = changed(
+        get_config(config), first=first, prediction=prediction, foreach=foreach, save=save
+    )
     layers = float_layers(model)
     plan = plan_layers(model, layers, config)
     # All quantizers first: an error must leave the model as it was.
@@ -106,9 +115,10 @@ def prepare_qat(
         freeze_batch_norm(model)
     for name, (weight_quantizer, input_quantizer) in quantizers.items():
         if plan[name].quantized:
-            twin_class(layers[name]).from_float(
+            twin = twin_class(layers[name]).from_float(
                 layers[name], weight_quantizer=weight_quantizer, input_quantizer=input_quantizer
             )
+            twin.saved_as = config.save
     attach_attention(layers)
     without_fast_path(model)
     state = track_calls(model)
@@ -117,7 +127,10 @@ def prepare_qat(
         weights = [m for m in model.modules() if isinstance(m, QATLayer) and m.weight_quantizer]
         state.weights = WeightPool(weights)
     if config.placement == "producers" and any(q is not None for _, q in quantizers.values()):
-        place_on_producers(model)
+        place_on_producers(model, example=example)
+    adapter = find_adapter(model)
+    if adapter is not None:
+        adapter.prepared(model)
     return model
 
 

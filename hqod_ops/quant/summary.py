@@ -10,6 +10,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from hqod_ops import checks
 from hqod_ops.quant.batches import call, evaluating
 from hqod_ops.quant.config.qat_config import FLOAT_BITS
 from hqod_ops.quant.nn.derived import current, sources
@@ -166,6 +167,8 @@ def summary(
         0      Linear       8  0.00784     0.0%  25.0%       8  0.0118   0.0%       25.0%
         1.2e-05 MB, in float 1.6e-05 MB
     """
+    checks.module("model", model)
+    checks.function("forward", forward)
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QATLayer)}
     found = (m.input_quantizer for m in layers.values() if m.input_quantizer is not None)
     inputs = list(dict.fromkeys(found))  # several layers may share one
@@ -246,8 +249,8 @@ def _row(name: str, layer: QATLayer, shares: dict[Quantizer, list[_Share]]) -> L
     return LayerSummary(
         name=name,
         type=layer.float_type.__name__,
-        weight_bits=FLOAT_BITS if weights is None else weights.bits,
-        act_bits=FLOAT_BITS if inputs is None else inputs.bits,
+        weight_bits=FLOAT_BITS if weights is None or weights.left_out else weights.bits,
+        act_bits=FLOAT_BITS if inputs is None or inputs.left_out else inputs.bits,
         act_signed=tuple(inputs.codes(level)[0] < 0 for level in act_levels) if inputs else (),
         weight_scales=(
             tuple(weights.effective_scale().tolist()) if weights and weights.calibrated else ()
@@ -273,7 +276,8 @@ def _sizes(model: nn.Module, layers: Sequence[QATLayer]) -> tuple[float, float]:
     for layer in layers:
         made_from = sources(layer)
         inside.update(map(id, made_from))
-        bits = FLOAT_BITS if layer.weight_quantizer is None else layer.weight_quantizer.bits
+        quantizer = layer.weight_quantizer
+        bits = FLOAT_BITS if quantizer is None or quantizer.left_out else quantizer.bits
         if made_from or bits != FLOAT_BITS:
             key = (
                 (getattr(layer, "part", ""), *map(id, made_from)) if made_from else id(layer.weight)

@@ -1,7 +1,7 @@
 """PyTorch's own tests of fake quantization, with our op in the place of theirs.
 
-They want a checkout of PyTorch, of the installed version, ``HQOD_PYTORCH=/path/to/pytorch``, and
-the package expecttest.
+They want a checkout of PyTorch, ``HQOD_PYTORCH=/path/to/pytorch``, of a version near the installed
+one, the package expecttest, and for torch 2.11 a NumPy before 2.3, as its own test helpers do.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ def _ours(x: Tensor, scale: Any, zero_point: Any, low: int, high: int, **options
     )
 
 
+def _learnable(x: Tensor, s: Tensor, z: Tensor, *rest: Any) -> Tensor:
+    """PyTorch's learnable ops take a zero point into the range of the codes; ours leaves it."""
+    *axis, low, high, factor = rest
+    inside = z + (z.clamp(low, high) - z).detach()
+    return _ours(x, s, inside, low, high, ch_axis=axis[0] if axis else None, grad_scale=factor)
+
+
 @pytest.fixture
 def swapped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Our op under the names of PyTorch's; the calls are noted."""
@@ -54,16 +61,8 @@ def swapped(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "fake_quantize_per_channel_affine",
         lambda x, s, z, axis, low, high: _ours(x, s, z, low, high, ch_axis=axis),
     )
-    replace(
-        "_fake_quantize_learnable_per_tensor_affine",
-        lambda x, s, z, low, high, factor: _ours(x, s, z, low, high, grad_scale=factor),
-    )
-    replace(
-        "_fake_quantize_learnable_per_channel_affine",
-        lambda x, s, z, axis, low, high, factor: _ours(
-            x, s, z, low, high, ch_axis=axis, grad_scale=factor
-        ),
-    )
+    replace("_fake_quantize_learnable_per_tensor_affine", _learnable)
+    replace("_fake_quantize_learnable_per_channel_affine", _learnable)
     return called
 
 

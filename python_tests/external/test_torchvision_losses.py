@@ -1,6 +1,7 @@
 """torchvision's box losses: ours keep to the same contract, and their IoU is the same.
 
-With a checkout, ``HQOD_TORCHVISION=/path/to/vision``, its own check of empty inputs runs on ours.
+With a checkout, ``HQOD_TORCHVISION=/path/to/vision``, its own checks of empty inputs and of GIoU's
+values run on ours.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hqod_ops import aligned_box_iou, harmonious_iou_loss
+from hqod_ops import aligned_box_iou, generalized_box_iou_loss, harmonious_iou_loss
 from hqod_ops.testing.cases import make_boxes
 from python_tests.external.suites import suite
 
@@ -71,4 +72,12 @@ def test_iou(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_torchvision_s_check_of_empty_inputs(dtype: torch.dtype) -> None:
     module = suite("HQOD_TORCHVISION", "test/test_ops.py")
-    module.assert_empty_loss(harmonious_iou_loss, dtype, "cpu")
+    for loss in (harmonious_iou_loss, generalized_box_iou_loss):
+        module.assert_empty_loss(loss, dtype, "cpu")
+
+
+def test_torchvision_s_values_of_giou(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = suite("HQOD_TORCHVISION", "test/test_ops.py")
+    # Half inputs are left out: ours returns float32 for them, which the test does not expect.
+    monkeypatch.setattr(module.ops, "generalized_box_iou_loss", generalized_box_iou_loss)
+    module.TestGeneralizedBoxIouLoss().test_giou_loss(torch.float32, "cpu")

@@ -60,8 +60,6 @@ class Case:
     double: Callable[[Any], Any]
     """A batch in float64."""
     config: QATConfig | str = "hqod_w4a4"
-    forward: Callable[[nn.Module, Any], Any] | None = None
-    """How calibration runs the model."""
 
 
 def spied(owner: Any, name: str) -> Any:
@@ -239,7 +237,7 @@ def check_undone(case: Case) -> None:
 
 def prepared(case: Case, model: nn.Module) -> nn.Module:
     prepare_qat(model, case.config)
-    return calibrate(model, [case.batch(OBJECTS)], progress=False, forward=case.forward).train()
+    return calibrate(model, [case.batch(OBJECTS)], progress=False).train()
 
 
 def check_prepared(case: Case) -> None:

@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant import adapters, detection_network, plan_qat, register_adapter
+from hqod_ops.quant import (
+    adapters,
+    detection_network,
+    plan_qat,
+    prepare_qat,
+    register_adapter,
+)
 from hqod_ops.quant.adapters import Adapter, DetectorNetwork
 
 
@@ -67,8 +73,14 @@ def eight(model: nn.Module) -> list[str]:
 
 
 def test_a_class_of_nobodys() -> None:
-    with pytest.raises(ValueError, match="first: the layers with 8 bits are not known"):
-        plan_qat(Detector(), "hqod_w4a4")
+    message = (
+        r"first: the layers with 8 bits are not known for a Detector.*\(candidates: 'stem'\); "
+        r"prediction: .*\(candidates: 'heads.0', 'heads.1'\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare_qat(Detector(), "hqod_w4a4")
+    with pytest.warns(UserWarning, match="planned without"):
+        assert eight(Detector()) == []  # by which one would look for them
     with pytest.raises(TypeError, match="torchvision's RetinaNet, .*hqod_ops's ATSS; .* Detector"):
         detection_network(Detector())
 
@@ -108,7 +120,7 @@ def test_an_adapter_may_know_little() -> None:
     with pytest.raises(ValueError, match="of a Heavy only 'raw' can be exported: its adapter does"):
         detection_network(Heavy(), "boxes")
     with pytest.raises(ValueError, match="prediction: the layers with 8 bits are not known"):
-        plan_qat(Heavy(), "hqod_w4a4")
+        prepare_qat(Heavy(), "hqod_w4a4")
     register_adapter(Heavy, Adapter())
     with pytest.raises(TypeError, match="ATSS; Detector; .* got Heavy"):
         detection_network(Heavy())
@@ -145,7 +157,7 @@ def test_a_registered_class_of_a_library_comes_first(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(adapters, "_REGISTERED", {})
     assert len(eight(model)) == 3
     register_adapter(RetinaNet, Adapter())
-    with pytest.raises(ValueError, match="first: .* not known for a RetinaNet"):
+    with pytest.warns(UserWarning, match="first: .* not known for a RetinaNet"):
         plan_qat(model, "hqod_w4a4")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.integrations import harmonize, unharmonize
-from hqod_ops.quant import QATConfig, Rule, detection_network, summary
+from hqod_ops.quant import detection_network, summary
 from python_tests.integrations import harmonize_contract as contract
 from python_tests.integrations.harmonize_contract import (
     MIXED,
@@ -171,18 +171,8 @@ def corners(box: Tensor) -> Tensor:
     return torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
 
 
-def both_modes(model: nn.Module, batch: Any) -> None:
-    """Some layers run in training only."""
-    model.train()(**batch)
-    model.eval()(**batch)
-
-
 def case(name: str) -> Case:
-    # Copies that share parameters with layers of the decoder, and are never called.
-    copies = ["class_embed.*", "bbox_embed.*"] if name in ("RT-DETRv2", "D-FINE") else []
-    rules = tuple(Rule(pattern, skip=True) for pattern in copies)
-    config = QATConfig(overrides=rules)
-    return Case(partial(made, name), batch, loss, term, positives, double, config, both_modes)
+    return Case(partial(made, name), batch, loss, term, positives, double)
 
 
 CASES = {n: case(n) for n in ("RT-DETR", "RT-DETRv2", "D-FINE", "DETR", "Deformable DETR")}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hqod_ops.integrations import harmonize, unharmonize
-from hqod_ops.quant import QATConfig, Rule, detection_network, summary
+from hqod_ops.quant import detection_network, summary
 from python_tests.integrations import harmonize_contract as contract
 from python_tests.integrations.harmonize_contract import (
     MIXED,
@@ -119,12 +119,6 @@ def of_head(model: Any, preds: Any, args: Any, result: Any, factor: float) -> Po
     return Positives(torch.stack(pred), torch.stack(target), torch.stack(scores), divisor, factor)
 
 
-def both_modes(model: nn.Module, batch: Any) -> None:
-    """Boxes are decoded in evaluation, and an end-to-end model runs one of its heads there."""
-    model.train()(batch["img"])
-    model.eval()(batch["img"])
-
-
 def case(name: str) -> Case:
     return Case(
         partial(made, name),
@@ -133,8 +127,7 @@ def case(name: str) -> Case:
         term,
         positives,
         double,
-        QATConfig(overrides=[] if "26" in name else [Rule("*.dfl.conv", skip=True)]),
-        both_modes,
+        "hqod_w4a4",
     )
 
 

@@ -141,7 +141,8 @@ def test_extreme_values(dtype: torch.dtype) -> None:
     scale = torch.tensor(0.1, dtype=dtype, requires_grad=True)
     dx, ds = torch.autograd.grad(fake_quant(x, scale, quant_min=-8, quant_max=7).sum(), (x, scale))
     assert dx.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
-    assert ds.item() == 3 * 7 - 3 * 8
+    # Summed times the scale on the CPU, so a rounding of each level may show.
+    assert ds.item() == pytest.approx(3 * 7 - 3 * 8, rel=100 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.numeric

@@ -99,10 +99,10 @@ def test_what_does_not_fit(settings: dict[str, object], words: str) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: QATConfig(4.5, 4), r"weight_bits: expected an int, got 4\.5"),
-        (lambda: QATConfig(32.0, 4), r"weight_bits: expected an int, got 32\.0"),
-        (lambda: QATConfig(4, "4"), r"act_bits: expected an int, got '4'"),
-        (lambda: QATConfig(edge_bits=8.0), r"edge_bits: expected an int, got 8\.0"),
+        (lambda: QATConfig(4.5, 4), r"weight_bits: expected an int, got the float 4\.5"),
+        (lambda: QATConfig(32.0, 4), r"weight_bits: expected an int, got the float 32\.0"),
+        (lambda: QATConfig(4, "4"), r"act_bits: expected an int, got the str '4'"),
+        (lambda: QATConfig(edge_bits=8.0), r"edge_bits: expected an int, got the float 8\.0"),
         (
             lambda: QATConfig(overrides=["a"]),
             r"overrides: expected a sequence of Rule, got \['a'\]",
@@ -112,8 +112,8 @@ def test_what_does_not_fit(settings: dict[str, object], words: str) -> None:
             r"overrides: expected a sequence of Rule, got Rule",
         ),
         (lambda: Rule(("a", "b")), r"pattern: expected one name or glob, got \('a', 'b'\)"),
-        (lambda: LSQ(4.0), r"bits: expected an int, got 4\.0"),
-        (lambda: LSQ("4"), r"bits: expected an int, got '4'"),
+        (lambda: LSQ(4.0), r"bits: expected an int, got the float 4\.0"),
+        (lambda: LSQ("4"), r"bits: expected an int, got the str '4'"),
         (lambda: LSQ(4).set_scale(0.1, True), r"LSQ: scale: expected a Tensor, got 0\.1"),
     ],
 )

@@ -313,7 +313,7 @@ def test_calibrating_a_compiled_model_compiles_nothing() -> None:
 
 
 def test_something_else_than_a_model() -> None:
-    with pytest.raises(TypeError, match="model: expected an nn.Module, got list"):
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got a list"):
         prepare_qat([1, 2])
 
 

@@ -213,7 +213,9 @@ def test_training_checkpoints_and_copies() -> None:
 
 
 def test_together_as_one_by_one() -> None:
-    models = [calibrate(prepare(Encoder(), 4, 4, foreach=f), [X], progress=False) for f in (0, 1)]
+    models = [
+        calibrate(prepare(Encoder(), 4, 4, foreach=f), [X], progress=False) for f in (False, True)
+    ]
     for model in models:
         model(X).square().mean().backward()
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):

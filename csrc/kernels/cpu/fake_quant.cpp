@@ -138,8 +138,12 @@ void backward_units(const FakeQuantCall& call, int64_t begin, int64_t end) {
     if (!layout.rows) tile.fill(call, layout, unit);
     const int64_t used = layout.rows ? kSumLanes : unit.width;
     for (int64_t i = 0; i < used; ++i) sums.scale[i] = sums.zero_point[i] = T(0);
-    if (layout.rows ? quotient_works(row.scale) : tile.shared) {
+    if (layout.rows ? quotient_works(row.scale) && slopes_scale(row) : tile.scaled) {
       backward_unit<Ratio::kInverse, W>(call, layout, unit, row, tile, stage, sums);
+      for (int64_t i = 0; i < used; ++i) {
+        sums.scale[i] *= layout.rows ? row.inverse : tile.inverse[i];
+        sums.zero_point[i] *= layout.rows ? -row.scale : -tile.scale[i];
+      }
     } else {
       backward_unit<Ratio::kDivided, W>(call, layout, unit, row, tile, stage, sums);
     }

@@ -59,6 +59,7 @@ struct TileScales {
   T x_low = T(0), x_high = T(0);
   T margin = T(0);       // the largest tie_margin
   bool shared = false;   // quotient_works for all of them
+  bool scaled = false;   // and slopes_scale
   bool centred = false;  // without zero points, so low and high are the same for all of them
 
   template <bool is_centred>
@@ -115,15 +116,17 @@ struct TileScales {
         high[c] = s.high;
       }
     }
-    int works = 1;
+    int works = 1, slopes = 1;
     T largest = T(0);
     for (int64_t c = 0; c < n; ++c) {
       inverse[c] = T(1) / scale[c];
       const T own = tie_margin(at<false>(c));
       works &= quotient_works(scale[c]) & (own == own);
+      slopes &= slopes_scale(at<false>(c));
       largest = own > largest ? own : largest;
     }
     shared = works != 0;
+    scaled = (works & slopes) != 0;
     margin = largest;
   }
 };
@@ -165,6 +168,12 @@ HQOD_LOOP void guess_row(const T* __restrict x, T* __restrict y, int64_t n,
   }
 }
 
+// The slopes of a backward pass that works by the inverse are left times the scale until they are
+// added up.
+inline constexpr Slope slope_of(Ratio ratio) {
+  return ratio == Ratio::kInverse ? Slope::kTimesScale : Slope::kPlain;
+}
+
 // dx of one scale, and what its sums grow by in kSumLanes lanes each.
 template <Ratio ratio, typename W, typename T>
 HQOD_LOOP void backward_row(const T* __restrict x, const T* __restrict dy, T* __restrict dx,
@@ -176,7 +185,8 @@ HQOD_LOOP void backward_row(const T* __restrict x, const T* __restrict dy, T* __
     T lanes_s[kSumLanes] = {}, lanes_z[kSumLanes] = {};
     for (; i + kSumLanes <= n; i += kSumLanes) {
       for (int64_t lane = 0; lane < kSumLanes; ++lane) {
-        const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i + lane], s, dy[i + lane]);
+        const FakeQuantGrad<T> g =
+            fake_quant_grad<ratio, W::clipped, slope_of(ratio)>(x[i + lane], s, dy[i + lane]);
         if constexpr (W::dx) dx[i + lane] = g.dx;
         if constexpr (W::ds) lanes_s[lane] = mul_add(dy[i + lane], g.slope, lanes_s[lane]);
         if constexpr (W::dz) lanes_z[lane] += g.dz;
@@ -188,7 +198,7 @@ HQOD_LOOP void backward_row(const T* __restrict x, const T* __restrict dy, T* __
     }
   }
   for (int64_t lane = 0; i < n; ++i, ++lane) {
-    const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i], s, dy[i]);
+    const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped, slope_of(ratio)>(x[i], s, dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
     if constexpr (W::ds)
       sums_s[lane % kSumLanes] = mul_add(dy[i], g.slope, sums_s[lane % kSumLanes]);
@@ -238,7 +248,8 @@ HQOD_LOOP void backward_tile(const T* __restrict x, const T* __restrict dy, T* _
                              T* __restrict sums_s, T* __restrict sums_z) {
   for (int64_t i = 0; i < n; ++i) {
     const QuantScale<T> scale = s.template at<centred>(first + i);
-    const FakeQuantGrad<T> g = fake_quant_grad<ratio, W::clipped>(x[i], scale, dy[i]);
+    const FakeQuantGrad<T> g =
+        fake_quant_grad<ratio, W::clipped, slope_of(ratio)>(x[i], scale, dy[i]);
     if constexpr (W::dx) dx[i] = g.dx;
     if constexpr (W::ds) sums_s[first + i] = mul_add(dy[i], g.slope, sums_s[first + i]);
     if constexpr (W::dz) sums_z[first + i] += g.dz;

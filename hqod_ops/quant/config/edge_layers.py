@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -15,37 +16,65 @@ EDGES = ("first", "prediction")
 
 
 def edge_patterns(
-    model: nn.Module, layers: Iterable[str], config: QATConfig
-) -> list[tuple[str, str]]:
+    model: nn.Module, layers: Mapping[str, nn.Module], config: QATConfig
+) -> tuple[list[tuple[str, str]], list[str]]:
     """The patterns of the edge layers, those of the configuration or else those of the model.
 
     Args:
         model (nn.Module): asked for what config does not name.
-        layers (iterable of str): names of the layers that can be quantized, in order.
+        layers (mapping of str to nn.Module): the layers that can be quantized, in order.
         config (QATConfig): its first, prediction and bits.
 
     Returns:
-        list of (str, str): argument and pattern.
-
-    Raises:
-        ValueError: the edge layers are not known.
+        (list of (str, str), list of str): argument and pattern; of the edge layers that are not
+        known what to say, with the layers that they may be.
     """
     if (config.edge("weight"), config.edge("act")) == (config.weight_bits, config.act_bits):
         known: dict[str, tuple[str, ...]] = {edge: () for edge in EDGES}
     else:
         known = known_edges(model, list(layers))
     edges: list[tuple[str, str]] = []
+    problems: list[str] = []
     for argument in EDGES:
         patterns = getattr(config, argument)
         if patterns is None:
             patterns = known.get(argument)
         if patterns is None:
-            raise ValueError(
+            likely = ", ".join(map(repr, _CANDIDATES[argument](layers)))
+            problems.append(
                 f"{argument}: the layers with {config.edge_bits} bits are not known for a "
                 f"{type(model).__name__}; name them, or give () for none"
+                + (f" (candidates: {likely})" if likely else "")
             )
+            continue
         edges += [(argument, pattern) for pattern in patterns]
-    return edges
+    return edges, problems
+
+
+def _first_candidates(layers: Mapping[str, nn.Module]) -> list[str]:
+    """The layer that may take the image: the first of few channels, or else the first."""
+    few = [name for name, layer in layers.items() if 1 <= _channels(layer)[0] <= 4]
+    return few[:1] or list(layers)[:1]
+
+
+def _prediction_candidates(layers: Mapping[str, nn.Module], most: int = 8) -> list[str]:
+    """The layers whose outputs have a number of channels that no layer takes, and the last one."""
+    channels = {name: _channels(layer) for name, layer in layers.items()}
+    taken = {count for count, _ in channels.values()}
+    found = [name for name, (_, count) in channels.items() if count not in taken]
+    last = list(layers)[-1:]
+    return list(dict.fromkeys([*found[-most:], *last]))
+
+
+_CANDIDATES = {"first": _first_candidates, "prediction": _prediction_candidates}
+
+
+def _channels(layer: Any) -> tuple[int, int]:
+    """Channels of input and output; 0 for what is neither a convolution nor a linear layer."""
+    for names in (("in_channels", "out_channels"), ("in_features", "out_features")):
+        if hasattr(layer, names[0]):
+            return getattr(layer, names[0]), getattr(layer, names[1])
+    return 0, 0
 
 
 def known_edges(model: nn.Module, layers: list[str]) -> dict[str, tuple[str, ...]]:

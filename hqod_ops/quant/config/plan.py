@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from hqod_ops import checks
 from hqod_ops.quant.config.edge_layers import edge_patterns, no_such_layer
 from hqod_ops.quant.config.qat_config import (
     FLOAT_BITS,
@@ -113,7 +115,8 @@ def plan_qat(
         a table.
 
     Raises:
-        ValueError, TypeError: as :func:`hqod_ops.quant.prepare_qat`.
+        ValueError, TypeError: as :func:`hqod_ops.quant.prepare_qat`; but where that does not know
+        the edge layers, the plan is made without any, with a warning that names candidates.
 
     Example:
         >>> from torch import nn
@@ -126,22 +129,29 @@ def plan_qat(
         2      Conv2d       2  lsq, lsq       2  lsq, ema_mse
     """
     config = changed(get_config(config), first=first, prediction=prediction)
-    return plan_layers(model, float_layers(model), config)
+    return plan_layers(model, float_layers(model), config, guess=True)
 
 
-def plan_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: QATConfig) -> Plan:
+def plan_layers(
+    model: nn.Module, layers: Mapping[str, nn.Module], config: QATConfig, *, guess: bool = False
+) -> Plan:
     """The settings of every layer.
 
     Args:
         model (nn.Module): asked for its edge layers where config does not name them.
         layers (mapping of str to nn.Module): the layers that have a twin, in order.
         config (QATConfig): first, prediction and overrides are checked against the layers.
+        guess (bool): warn where edge layers are not known, and plan without. Default: False
 
     Raises:
         ValueError: a pattern fits no layer, the edge layers are not known, there is nothing to
             quantize, or a quantizer does not fit what it is to do in a layer.
     """
-    edge_layers = edge_patterns(model, layers, config)
+    edge_layers, problems = edge_patterns(model, layers, config)
+    if problems and not guess:
+        raise ValueError("; ".join(problems))
+    for problem in problems:
+        warnings.warn(f"{problem}; planned without", stacklevel=3)
     for argument, pattern in [
         *edge_layers,
         *(("overrides", rule.pattern) for rule in config.overrides if rule.pattern is not None),
@@ -210,6 +220,5 @@ def float_layers(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: the model is prepared already.
         TypeError: it is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    checks.module("model", model)
     return find_layers(model)

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import nn
 
+from hqod_ops import checks
+from hqod_ops.quant.nn.saved import SAVES
 from hqod_ops.quant.nn.twins import TWINS
-from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS, as_int
-from hqod_ops.quant.patterns import Patterns, as_tuple
+from hqod_ops.quant.observers import MAX_BITS, MIN_BITS, OBSERVERS
+from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.lsq import SCALE_MODES
 from hqod_ops.quant.quantizers.registry import QUANTIZERS, check_quantizer, default_observer
 from hqod_ops.tables import text_table
@@ -34,7 +36,7 @@ def _set_bits(settings: Rule | QATConfig, name: str) -> None:
     if bits == "float":
         bits = FLOAT_BITS
         object.__setattr__(settings, name, bits)
-    if bits is None or as_int(name, bits) == FLOAT_BITS:
+    if bits is None or checks.integer(name, bits) == FLOAT_BITS:
         return
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(
@@ -44,7 +46,7 @@ def _set_bits(settings: Rule | QATConfig, name: str) -> None:
 
 
 def _check_choice(name: str, value: str | None, allowed: Iterable[str]) -> None:
-    if value is not None and value not in allowed:
+    if value is not None and (not isinstance(value, str) or value not in allowed):
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
@@ -57,6 +59,13 @@ def _check_settings(settings: Rule | QATConfig) -> None:
     _check_choice("scale_mode", settings.scale_mode, SCALE_MODES)
     for name in ("weight_quantizer", "act_quantizer"):
         _check_choice(name, getattr(settings, name), QUANTIZERS)
+    for name in ("per_channel", "foreach", "skip"):
+        if (value := getattr(settings, name, None)) is not None:
+            checks.flag(name, value)
+    for name in ("weight_options", "act_options"):
+        value = getattr(settings, name)
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(f"{name}: expected a mapping of options, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,8 @@ class Rule:
                 f"pattern: expected one name or glob, got {self.pattern!r}; for several, several "
                 "rules"
             )
+        if self.pattern == "":
+            raise ValueError("pattern: expected a name or a glob such as '*', got ''")
         _check_choice("type", self.type, TYPE_NAMES)
         _check_settings(self)
 
@@ -153,7 +164,8 @@ class QATConfig:
         weight_quantizer (str), act_quantizer (str): of :data:`hqod_ops.quant.QUANTIZERS`.
             Default: ``"lsq"``
         weight_options (mapping), act_options (mapping): further arguments of these quantizers, such
-            as ``{"grad_scale": 1.0}`` of LSQ. Default: none
+            as ``{"grad_scale": 1.0}`` of LSQ; ``{"signed": True}`` keeps inputs from unsigned
+            codes. Default: none
         batch_norm (str): ``"train"``, as the official code; ``"freeze"``, the running statistics
             stay as they are (:func:`hqod_ops.quant.freeze_batch_norm`); ``"fold"``, into the
             convolutions (:func:`hqod_ops.quant.fold_batch_norm`). Default: ``"train"``
@@ -162,6 +174,9 @@ class QATConfig:
         placement (str): where activations are quantized: ``"inputs"``, at the input of every layer,
             or ``"producers"``, where they are made, once for all readers
             (:func:`hqod_ops.quant.place_on_producers`). Default: ``"inputs"``
+        save (str): what layers keep of their quantized inputs and weights for the backward pass:
+            ``"float"``, the tensors, or ``"codes"``, nothing: the codes are made again, to the same
+            bits, from what the quantizers keep anyway. Default: ``"float"``
 
     Raises:
         ValueError: bits outside 2..8, an unknown choice, a quantizer that does not fit its role,
@@ -202,12 +217,14 @@ class QATConfig:
     batch_norm: str = "train"
     foreach: bool = False
     placement: str = "inputs"
+    save: str = "float"
 
     def __post_init__(self) -> None:
         _check_settings(self)
         _set_bits(self, "edge_bits")
         _check_choice("batch_norm", self.batch_norm, BATCH_NORM_MODES)
         _check_choice("placement", self.placement, PLACEMENTS)
+        _check_choice("save", self.save, SAVES)
         if self.weight_bits != FLOAT_BITS:
             check_quantizer("weight", self.weight_quantizer, self.weight_options, self.per_channel)
         if self.act_bits != FLOAT_BITS:
@@ -215,8 +232,9 @@ class QATConfig:
         for name in ("first", "prediction"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, as_tuple(value))
-        if isinstance(self.overrides, Rule) or not all(isinstance(r, Rule) for r in self.overrides):
+                object.__setattr__(self, name, checks.names(name, value))
+        rules = self.overrides
+        if not isinstance(rules, Iterable) or not all(isinstance(r, Rule) for r in rules):
             raise TypeError(f"overrides: expected a sequence of Rule, got {self.overrides!r}")
         object.__setattr__(self, "overrides", tuple(self.overrides))
 
@@ -238,9 +256,10 @@ class QATConfig:
             rows.append([where, *(["float", "float"] if rule.skip else cells)])
         together = "together" if self.foreach else "one by one"
         place = "; inputs where they are made" if self.placement == "producers" else ""
+        saved = "; saved as codes" if self.save == "codes" else ""
         return (
             text_table(["layers", "weight", "input"], rows)
-            + f"\nbatch norm: {self.batch_norm}; weights quantized {together}{place}"
+            + f"\nbatch norm: {self.batch_norm}; weights quantized {together}{place}{saved}"
         )
 
 

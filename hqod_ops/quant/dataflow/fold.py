@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hqod_ops import checks
 from hqod_ops.quant.batches import call, evaluating
 from hqod_ops.quant.dataflow.run import run_dataflow
 from hqod_ops.quant.nn.derived import current, rewrite
@@ -52,6 +53,8 @@ def fold_batch_norm(
           (2): ReLU()
         )
     """
+    checks.module("model", model)
+    checks.function("forward", forward)
     norms = {name: m for name, m in model.named_modules() if _can_fold(m)}
     pairs = _pairs(model, list(norms.values()), batch, forward)
     problems = {norm: _fold(layer, norm) for norm, layer in pairs.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import zip_longest
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from hqod_ops import checks
 from hqod_ops.quant.dataflow.attach import (
     CallQuantizers,
     ExpectedModules,
@@ -17,6 +19,7 @@ from hqod_ops.quant.dataflow.attach import (
     placed_forward,
 )
 from hqod_ops.quant.dataflow.graph import Dataflow, Site, activation
+from hqod_ops.quant.dataflow.see import see_dataflow
 from hqod_ops.quant.dataflow.trace import trace_dataflow
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.nn.upstream import UpstreamQuantizer
@@ -101,7 +104,12 @@ def placement(model: nn.Module) -> Placement:
 
 
 def place_on_producers(
-    model: nn.Module, *, skip: str | Sequence[str] = (), absorb_relu: bool = True
+    model: nn.Module,
+    *,
+    skip: str | Sequence[str] = (),
+    absorb_relu: bool = True,
+    example: Any = None,
+    forward: Callable[[Any, Any], object] | None = None,
 ) -> Placement:
     """Quantize activations where they are made, once, instead of at the input of every layer.
 
@@ -111,11 +119,13 @@ def place_on_producers(
     producer is a ReLU or ReLU6, as a module or a function, the quantizer takes it in: one op, equal
     in value and gradient to the two, with no tensor between them.
 
-    Who reads what is found with ``torch.fx``, but nothing is replaced by a trace: modules keep
-    their names, parameters and classes, and run their own ``forward``. Where a trace ends, in the
-    parts of a detector that depend on data, layers keep the quantizers at their inputs, and the
-    report says so. That the inputs come from where a trace has seen them is verified by
-    :func:`calibrate`.
+    Who reads what is seen in a run of the model on ``example``, whatever its control flow, or found
+    with ``torch.fx`` without one. Nothing is replaced by a trace: modules keep their names,
+    parameters and classes, and run their own ``forward``. Where a trace ends, in the parts of a
+    detector that depend on data, layers keep the quantizers at their inputs, and the report says
+    so. That the inputs come from where they were seen to come from is verified by
+    :func:`calibrate`. A module without state that several others have, such as one activation for a
+    whole network, becomes one for each of them.
 
     Replace modules before, not after: the next forward pass of the model would raise an error. Only
     a conversion to ``nn.SyncBatchNorm`` is followed.
@@ -129,6 +139,9 @@ def place_on_producers(
         skip (str or sequence of str): names or globs of layers that keep the quantizer of their
             own, as all do that read the same tensors. Default: none
         absorb_relu (bool): take in ReLU and ReLU6. Default: True
+        example (optional): a batch, such as :func:`calibrate` takes them. The model runs on it in
+            eval mode and, if it can, in training mode. Default: None, trace
+        forward (callable, optional): ``forward(model, batch)`` runs it. Default: None
 
     Returns:
         Placement: also to be had later by :func:`placement`.
@@ -148,11 +161,14 @@ def place_on_producers(
         >>> report.placed[0].absorbed, report.placed[0].producers, report.placed[0].readers
         ('relu', ('1',), ('2',))
     """
+    checks.module("model", model)
+    checks.flag("absorb_relu", absorb_relu)
     layers = _layers(model, skip)
     state = runtime(model)
     if state.expected is not None:
         state.expected.verify(model)
-    flow = trace_dataflow(model)
+    _separate(model)
+    flow = trace_dataflow(model) if example is None else see_dataflow(model, example, forward)
     names = {module: name for name, module in model.named_modules()}
     order = {site: index for index, site in reversed(list(enumerate(flow.order)))}
     groups = _groups(flow, layers)
@@ -188,12 +204,27 @@ def place_on_producers(
     return report
 
 
+def _separate(model: nn.Module) -> None:
+    """Give every module a copy of its own of an activation that it shares with others."""
+    owners: dict[nn.Module, nn.Module] = {}
+    for owner in list(model.modules()):
+        for name, child in owner._modules.items():
+            if child is None or not type(child).__module__.startswith(
+                "torch.nn.modules.activation"
+            ):
+                continue
+            if owners.setdefault(child, owner) is not owner and not (
+                child.state_dict() or child._forward_hooks or child._forward_pre_hooks
+            ):
+                owner._modules[name] = copy.deepcopy(child)
+
+
 def _layers(model: nn.Module, skip: str | Sequence[str]) -> dict[nn.Module, str | None]:
     """The layers with a quantizer of the input, and why one is left as it is."""
     state = find_runtime(model)
     if state is not None and state.placement is not None:
         raise ValueError("model: expected one whose quantizers were not placed on producers yet")
-    patterns = [skip] if isinstance(skip, str) else list(skip)
+    patterns = checks.names("skip", skip)
     layers: dict[nn.Module, str | None] = {}
     found: set[str] = set()
     for name, module in model.named_modules():

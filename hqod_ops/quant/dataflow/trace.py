@@ -12,7 +12,7 @@ import inspect
 import operator
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,16 +41,17 @@ def trace_dataflow(model: nn.Module) -> Dataflow:
         layers = [m for m in piece.modules() if isinstance(m, LAYERS)]
         missing = [layer for layer in layers if layer not in result.reads]
         if missing:
-            _add(result, missing, _trace_piece(piece))
+            add_passes(result, missing, [trace.flow for trace in _trace_piece(piece)])
             todo += piece.children()
     return result
 
 
-def _add(result: Dataflow, missing: list[nn.Module], traces: list[_Tracer]) -> None:
-    for trace in traces:
-        result.add(trace.flow)
+def add_passes(result: Dataflow, missing: Iterable[nn.Module], passes: Sequence[Dataflow]) -> None:
+    """Take in what passes in training and in eval mode have shown of some layers."""
+    for flow in passes:
+        result.add(flow)
     for layer in missing:
-        modes = [trace.flow.reads[layer] for trace in traces if layer in trace.flow.reads]
+        modes = [flow.reads[layer] for flow in passes if layer in flow.reads]
         if not modes:
             continue
         reads = modes[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from hqod_ops.quant.export._extras import require
@@ -32,8 +33,21 @@ class Evaluator(Protocol):
     def __call__(self, feeds: Feeds) -> list[Array]: ...
 
 
-class _Runtime:
-    def __init__(self, model: bytes, optimized: bool, exact_sums: bool = False) -> None:
+class OnnxRuntime:
+    """ONNX Runtime on the CPU, as users run it, or as told.
+
+    Args:
+        model (bytes or str): a file's content, or its path.
+        optimized (bool), exact_sums (bool): see :func:`evaluator`.
+        keep (str): a path for the model as it was optimized; empty for none. Default: ``""``
+
+    Raises:
+        Exception: it cannot load the model; its exceptions share no base class of their own.
+    """
+
+    def __init__(
+        self, model: bytes | str, optimized: bool = True, exact_sums: bool = False, keep: str = ""
+    ) -> None:
         runtime = require("onnxruntime")
         self.name = f"onnxruntime {runtime.__version__}"
         options = runtime.SessionOptions()
@@ -45,6 +59,7 @@ class _Runtime:
             options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 4
+        options.optimized_model_filepath = keep
         self._session = runtime.InferenceSession(
             model, sess_options=options, providers=["CPUExecutionProvider"]
         )
@@ -52,6 +67,39 @@ class _Runtime:
     def __call__(self, feeds: Feeds) -> list[Array]:
         outputs: list[Array] = self._session.run(None, feeds)
         return outputs
+
+
+class OpenVINO:
+    """OpenVINO on the CPU, in float32 where a model is not quantized.
+
+    Args:
+        model (bytes or str): a file's content, or its path.
+
+    Raises:
+        RuntimeError: it cannot load the model.
+    """
+
+    def __init__(self, model: bytes | str) -> None:
+        openvino = require("openvino")
+        self.name = f"openvino {openvino.__version__.partition('-')[0]}"
+        core = openvino.Core()
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        compiled = core.compile_model(
+            core.read_model(model) if isinstance(model, str) else core.read_model(model, b""),
+            "CPU",
+            settings,
+        )
+        self.compiled = compiled
+        self._request = compiled.create_infer_request()
+        self._inputs = [next(iter(port.names)) for port in compiled.inputs]
+        self._outputs = list(compiled.outputs)
+
+    def __call__(self, feeds: Feeds) -> list[Array]:
+        results = self._request.infer({name: feeds[name] for name in self._inputs})
+        return [np.array(results[output]) for output in self._outputs]
 
 
 class Reference:
@@ -92,12 +140,12 @@ def evaluator(
         RuntimeError: nothing can load it.
     """
     try:
-        return _Runtime(model, optimized, exact_sums), ""
+        return OnnxRuntime(model, optimized, exact_sums), ""
     except ImportError:
         raise
     except Exception as error:  # the runtime's exceptions share no base class of their own
         problem = error
-    for way in (functools.partial(_Runtime, optimized=False), Reference):
+    for way in (functools.partial(OnnxRuntime, optimized=False), Reference):
         try:
             found: Evaluator = way(model)
         except Exception:
@@ -123,7 +171,7 @@ def usable_opset() -> int:
             }}
         """)
         try:
-            _Runtime(model.SerializeToString(), optimized=True)
+            OnnxRuntime(model.SerializeToString())
         except Exception:
             continue
         return opset

@@ -15,13 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hqod_ops import checks
 from hqod_ops.quant.export._extras import require
 from hqod_ops.quant.export.evaluate import to_bytes, usable_opset
 from hqod_ops.quant.export.grid import BASE_OPSET
 from hqod_ops.quant.export.inventory import Inventory
-from hqod_ops.quant.export.lowering import Lowered, lower
+from hqod_ops.quant.export.lowering import Lowered, finish, lower
 from hqod_ops.quant.export.nms import NMS, append_nms
 from hqod_ops.quant.export.record import read_grids, record
+from hqod_ops.quant.export.rewrites.affine import fold_affine
+from hqod_ops.quant.export.targets import DEFAULT, find_target
 from hqod_ops.quant.export.trace import trace
 from hqod_ops.quant.export.verify import Verification, check_expressible, verify
 from hqod_ops.quant.nn.derived import settle, without_graph
@@ -82,25 +85,37 @@ def export_onnx(
     nms: NMS | None = None,
     max_steps: int = 1,
     unsigned_weights: bool = False,
+    target: str = DEFAULT,
 ) -> ExportReport:
     """Write a QAT model as quantized ONNX, and check that the file computes what the model does.
 
-    Weights are stored as integers, packed at their bits, with their trained scales, in front of a
-    DequantizeLinear; activations pass QuantizeLinear and DequantizeLinear with the trained scales.
-    Biases and all that is not quantized stay in float32. A layer shared by several levels has one
-    weight and the scales of every level.
+    Weights are stored as integers with their trained scales, in front of a DequantizeLinear;
+    activations pass QuantizeLinear and DequantizeLinear with the trained scales. Biases and all
+    that is not quantized stay in float32. A layer shared by several levels has one weight and the
+    scales of every level.
 
-    ========  ==================  =====
-    bits      integer type        opset
-    ========  ==================  =====
-    2         int2, uint2         25
-    3, 4      int4, uint4         21
-    5 to 8    int8, uint8         18
-    ========  ==================  =====
+    **Targets.** A file runs in every runtime that knows its opset; the target says where it is
+    fast:
+
+    ===============  =========================  =====  ======================
+    target           integer types              opset  checked in
+    ===============  =========================  =====  ======================
+    ``onnxruntime``  int8, uint8                18     ONNX Runtime
+    ``openvino``     int8, uint8                18     OpenVINO, if installed
+    ``tensorrt``     int8, zero points of 0     18     ONNX Runtime
+    ``smallest``     2 bits: int2, uint2;       25     ONNX Runtime
+                     3, 4 bits: int4, uint4;    21
+                     5 to 8: int8, uint8        18
+    ===============  =========================  =====  ======================
+
+    All but ``smallest`` compute in 8 bits, whatever the codes' bits are: that is what processors
+    are fast in. Two rewrites, which change no value but for rounding in float32, let runtimes fuse
+    convolutions with what quantizes their outputs: batch norms go into the scales of the weights
+    and into the biases, and codes of fewer than 8 bits are limited as integers (for ``tensorrt``
+    in float).
 
     The file has the lowest opset that its types need. Where ``opset`` or the installed packages are
-    older, the next larger type holds the codes. Where a type is larger than the codes, Max and Min
-    in front of the QuantizeLinear limit the activation.
+    older, the next larger type holds the codes.
 
     **What is checked.** A sum in another order differs in the last bit; where such a difference
     lies at the middle between two codes, the code differs by one step, and the layers behind it
@@ -143,6 +158,8 @@ def export_onnx(
             Default: 1
         unsigned_weights (bool): store weights of 5 to 8 bits as uint8 with the zero point 128, not
             as int8. The values are the same. Default: False
+        target (str): ``"onnxruntime"``, ``"openvino"``, ``"tensorrt"`` or ``"smallest"``, see
+            above. Default: ``"onnxruntime"``
 
     Returns:
         ExportReport: opset, sizes, and differences.
@@ -151,8 +168,10 @@ def export_onnx(
         ImportError: onnx, onnx-ir, onnxscript or onnxruntime is missing; the message names the
             extra.
         ValueError: the model has no quantized layer, was not calibrated, or has a quantizer that
-            ONNX cannot express; the opset is below 18, or there is no such directory.
-        TypeError: a parameter or the example is float16, bfloat16 or float64.
+            ONNX or the target cannot express; the opset is below 18, there is no such target or
+            directory.
+        TypeError: a parameter or the example is float16, bfloat16 or float64; an argument is of
+            another type.
         RuntimeError: torch cannot export the model, or a module was replaced after
             :func:`hqod_ops.quant.place_on_producers`, so that a layer reads floats.
         ExportError: the file does not compute what the model does.
@@ -169,11 +188,21 @@ def export_onnx(
         >>> report.opset, report.storage
         (18, {'INT8': 1, 'UINT8': 1})
     """
+    checks.module("model", model)
+    checks.file_path("path", path)
     for module in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
         require(module)
+    for name, several in (("input_names", input_names), ("output_names", output_names)):
+        if isinstance(several, str):
+            raise TypeError(f"{name}: expected a sequence of names, got the str {several!r}")
+    if nms is not None and not isinstance(nms, NMS):
+        raise TypeError(f"nms: expected an NMS or None, got {type(nms).__name__}")
+    checks.count("max_steps", max_steps, 0)
+    checks.flag("unsigned_weights", unsigned_weights)
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"path: there is no directory {str(path.parent)!r}")
+    row = find_target(target)
     limit = _opset_limit(opset)
     arguments = pytree.tree_map(_to_cpu, example if isinstance(example, tuple) else (example,))
     without_graph(model)
@@ -182,7 +211,7 @@ def export_onnx(
     inventory.verify()
     _check_dtypes(inventory.model, arguments)
     recording = record(inventory, arguments)
-    grids = read_grids(inventory, recording, limit, unsigned_weights=unsigned_weights)
+    grids = read_grids(inventory, recording, row, limit, unsigned_weights=unsigned_weights)
     check_expressible(recording, grids)
     traced = trace(
         inventory,
@@ -192,12 +221,15 @@ def export_onnx(
         input_names=input_names,
         output_names=output_names,
     )
-    lowered = lower(traced, grids)
+    lowered = lower(traced, grids, row)
+    if row.fold_affine:
+        fold_affine(lowered)
+    finish(lowered)
     file = to_bytes(lowered.model)
     tensors = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
     names = [entry.name for entry in lowered.model.graph.inputs]
     feeds = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-    verification = verify(lowered, file, recording, feeds, max_steps)
+    verification = verify(lowered, file, recording, feeds, max_steps, row.runtime)
     if nms is not None:
         file = append_nms(lowered.model, nms, feeds)
     part = path.with_name(f"{path.name}.part")
@@ -209,8 +241,7 @@ def export_onnx(
 def _opset_limit(opset: int | None) -> int:
     if opset is None:
         return usable_opset()
-    if isinstance(opset, bool) or not isinstance(opset, int):
-        raise TypeError(f"opset: expected an int, got {type(opset).__name__}")
+    opset = checks.integer("opset", opset)
     if opset < BASE_OPSET:
         raise ValueError(f"opset: expected at least {BASE_OPSET}, got {opset}")
     return min(opset, int(require("onnx.defs").onnx_opset_version()))
@@ -235,7 +266,7 @@ def _check_dtypes(model: nn.Module, arguments: tuple[Any, ...]) -> None:
 def _report(path: Path, lowered: Lowered, size: int, verification: Verification) -> ExportReport:
     saved = sum(
         4 * grid.codes.size - -(-grid.codes.size * grid.storage.bits // 8)
-        for grid in lowered.weights
+        for grid in lowered.weights.values()
         if grid.codes is not None
     )
     return ExportReport(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hqod_ops.functional import fake_quant
 from hqod_ops.quant.export._extras import require
+from hqod_ops.quant.export.targets import Target
 from hqod_ops.quant.quantizers.base import Quantizer
 
 Array = npt.NDArray[Any]
@@ -91,6 +93,21 @@ class Grid:
         """Whether the storage alone would let codes below low and above high through."""
         return self.storage.low < self.low, self.high < self.storage.high
 
+    @property
+    def code_limits(self) -> tuple[int, int] | None:
+        """The codes that :attr:`activation` lets through; None if they differ by channel.
+
+        Rounding keeps the order, so the code of a limited value is the limited code of the value.
+        """
+        low, high = self.low, self.high
+        if self.activation is None:
+            return low, high
+        if self.axis is not None:
+            return None
+        ends = np.array([-np.inf, np.inf])
+        least, most = (int(code) for code in self.quantize(ends))
+        return least, most
+
     def along(self, values: Array) -> Array:
         """Values of the channels, shaped to broadcast with the tensor."""
         if self.axis is None:
@@ -116,10 +133,10 @@ class Grid:
         return np.asarray(difference / self.along(self.scale))
 
     def unsigned(self) -> Grid:
-        """The same values with codes of 8 bits that count from 0: int8 moved to uint8."""
-        if self.storage.name != "INT8":
+        """The same values with codes that count from 0: int8 moved to uint8."""
+        if self.storage.low == 0:
             return self
-        to = next(storage for storage in STORAGES if storage.name == "UINT8")
+        to = next(s for s in STORAGES if s.low == 0 and s.bits == self.storage.bits)
         shift = to.low - self.storage.low
         return dataclasses.replace(
             self,
@@ -130,9 +147,51 @@ class Grid:
             codes=None if self.codes is None else self.codes + shift,
         )
 
+    def spread(self) -> Grid:
+        """The same values with larger codes and smaller scales, by a power of two: up to 64.
+
+        The sum of two products with codes of 8 bits then still fits 16 bits, in which x86 without
+        VNNI adds them.
+        """
+        largest = max(-self.low, self.high)
+        factor = 1 << max(64 // max(largest, 1), 1).bit_length() - 1
+        if self.codes is None or self.storage.bits != 8 or self.zero_point.any() or factor == 1:
+            return self
+        return dataclasses.replace(
+            self,
+            scale=self.scale / np.float32(factor),
+            low=self.low * factor,
+            high=self.high * factor,
+            codes=self.codes * factor,
+        )
+
+    def symmetric(self, target: str) -> Grid:
+        """The same in a signed type with the zero point 0.
+
+        Args:
+            target (str): that needs it, for the message.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        signed = next(s for s in STORAGES if s.low < 0 and s.bits == self.storage.bits)
+        if self.zero_point.any() or self.low < signed.low or signed.high < self.high:
+            raise ValueError(
+                f"{self.name}: target {target!r} knows signed types with the zero point 0, but the "
+                f"codes are in [{self.low}, {self.high}] and the zero points in "
+                f"[{self.zero_point.min()}, {self.zero_point.max()}]; signed quantizers without a "
+                'zero point fit, such as QATConfig(act_options={"signed": True})'
+            )
+        return dataclasses.replace(self, storage=signed)
+
 
 def read_grid(
-    name: str, quantizer: Quantizer, level: int, dims: int, opset: int, weight: Tensor | None = None
+    name: str,
+    quantizer: Quantizer,
+    level: int,
+    dims: int,
+    storages: Sequence[Storage],
+    weight: Tensor | None = None,
 ) -> Grid:
     """The grid of one level of a quantizer.
 
@@ -141,7 +200,7 @@ def read_grid(
         quantizer (Quantizer): calibrated, on the CPU.
         level (int): 0 for a weight.
         dims (int): of the tensor that it quantizes.
-        opset (int): the highest that may be used.
+        storages (sequence of Storage): that may be used, the preferred first.
         weight (Tensor, optional): read its codes too. Default: None
 
     Raises:
@@ -170,7 +229,7 @@ def read_grid(
         high=high,
         axis=None if axis is None else axis % dims,
         dims=dims,
-        storage=_storage(name, low, high, zero_point, opset),
+        storage=_storage(name, low, high, zero_point, storages),
         activation=quantizer.activation,
     )
     return grid if weight is None else _with_codes(grid, quantizer, weight)
@@ -193,10 +252,21 @@ def _reached(quantizer: Quantizer, level: int, dims: int) -> tuple[int, int]:
     return int(codes[0].min()), int(codes[1].max())
 
 
-def _storage(name: str, low: int, high: int, zero_point: Array, opset: int) -> Storage:
+def usable_storages(target: Target, opset: int) -> list[Storage]:
+    """The types that a file for a target may have, up to an opset."""
+    return [
+        storage
+        for storage in STORAGES
+        if storage.opset <= opset and storage.bits >= target.least_bits
+    ]
+
+
+def _storage(
+    name: str, low: int, high: int, zero_point: Array, storages: Sequence[Storage]
+) -> Storage:
     least, most = min(low, int(zero_point.min())), max(high, int(zero_point.max()))
-    for storage in STORAGES:
-        if storage.opset <= opset and storage.low <= least and most <= storage.high:
+    for storage in storages:
+        if storage.low <= least and most <= storage.high:
             return storage
     raise ValueError(
         f"{name}: ONNX stores codes and zero point in one integer type of at most 8 bits, but the "

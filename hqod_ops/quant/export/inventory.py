@@ -33,12 +33,14 @@ class Inventory:
         self.activations = {
             name: m
             for name, m in modules.items()
-            if isinstance(m, Quantizer) and m not in of_weights and m.enabled
+            if isinstance(m, Quantizer) and m not in of_weights and m.enabled and not m.left_out
         }
         self.weights = {
-            f"{name}.weight_quantizer".lstrip("."): (layer, layer.weight_quantizer)
+            f"{name}.weight_quantizer".lstrip("."): (layer, quantizer)
             for name, layer in layers.items()
-            if layer.weight_quantizer is not None and layer.weight_quantizer.enabled
+            if (quantizer := layer.weight_quantizer) is not None
+            and quantizer.enabled
+            and not quantizer.left_out
         }
         self._calls: Counter[str] = Counter()
 

@@ -11,6 +11,7 @@ import numpy as np
 from hqod_ops.quant.export._extras import require
 from hqod_ops.quant.export.evaluate import least_ir_version
 from hqod_ops.quant.export.grid import Array, Grid
+from hqod_ops.quant.export.targets import Target
 from hqod_ops.quant.export.trace import DOMAIN, PLACEHOLDER, SITE
 
 MOVED_BEHIND = {"ArgMax", "MaxPool", "Reshape", "Slice", "Squeeze", "Unsqueeze"}
@@ -45,25 +46,26 @@ class Lowered:
     Attributes:
         model (onnx_ir.Model): the graph.
         chains (list of Chain): its quantized activations.
-        weights (list of Grid): its quantized weights.
+        weights (dict of str to Grid): its quantized weights, by the tensor after.
     """
 
     model: Any
     chains: list[Chain] = field(default_factory=list)
-    weights: list[Grid] = field(default_factory=list)
+    weights: dict[str, Grid] = field(default_factory=dict)
 
     @property
     def grids(self) -> list[Grid]:
         """Of weights, then of activations."""
-        return [*self.weights, *(chain.grid for chain in self.chains)]
+        return [*self.weights.values(), *(chain.grid for chain in self.chains)]
 
 
-def lower(model: Any, grids: Sequence[Grid]) -> Lowered:
-    """Replace the placeholders, in place, and drop what nothing reads any more.
+def lower(model: Any, grids: Sequence[Grid], target: Target) -> Lowered:
+    """Replace the placeholders, in place.
 
     Args:
         model (onnx_ir.Model): from :func:`hqod_ops.quant.export.trace.trace`.
         grids (sequence of Grid): what the placeholders stand for.
+        target (Target): of the file.
     """
     result = Lowered(model)
     narrow = any(grid.storage.bits < 8 for grid in grids)
@@ -78,11 +80,21 @@ def lower(model: Any, grids: Sequence[Grid]) -> Lowered:
         replacement = _Replacement(model.graph, node, grids[site])
         if grids[site].codes is None:
             source = node.inputs[0].name
-            outputs = replacement.activation(narrow)
+            outputs = replacement.activation(narrow, target.limit_codes)
             result.chains.append(Chain(grids[site], source, tuple(v.name for v in outputs)))
         else:
             dequantized[site] = replacement.weight()
-            result.weights.append(grids[site])
+            result.weights[dequantized[site].name] = grids[site]
+    return result
+
+
+def finish(lowered: Lowered) -> None:
+    """Drop what nothing reads any more, and check the graph.
+
+    Args:
+        lowered (Lowered): changed in place.
+    """
+    model = lowered.model
     model.ir_version = max(model.ir_version, least_ir_version(model.opset_imports[""]))
     for value in require("onnx_ir.convenience").create_value_mapping(model.graph).values():
         value.metadata_props.clear()  # the pass below leaves those of values
@@ -94,7 +106,6 @@ def lower(model: Any, grids: Sequence[Grid]) -> Lowered:
         passes.CheckerPass(full_check=True),
     ):
         step(model)
-    return result
 
 
 class _Replacement:
@@ -105,12 +116,16 @@ class _Replacement:
         self._graph, self._placeholder, self._grid = graph, placeholder, grid
         self._tape = self._ir.tape.Tape()
 
-    def activation(self, narrow: bool) -> list[Any]:
-        """Quantize and dequantize, with the values limited first where the storage is too wide.
+    def activation(self, narrow: bool, limit_codes: bool) -> list[Any]:
+        """Quantize and dequantize, with what lies outside of the codes limited.
 
-        The limits come first, in float: ONNX cannot limit 4-bit integers, and behind they would
-        part the DequantizeLinear from the layer that a runtime fuses it with. A limit is the value
-        of the outermost code, whose code is that code again.
+        Where the type alone does not do that, there are two ways. The codes can be limited: a
+        QuantizeLinear directly behind a layer is one that runtimes fuse with it, and the
+        DequantizeLinear behind the Clip still stands directly in front of the next one. An
+        activation function that the quantizer took in is such a limit too.
+
+        Or the values are limited in front, in float, the only way below 8 bits, where ONNX has no
+        Clip. A limit is the value of the outermost code, whose code is that code again.
 
         In a file with types below 8 bits (narrow), the lower limit is always there, and it is a
         Max, not a Clip: ONNX Runtime (1.32) fuses a QuantizeLinear with the layers in front as if
@@ -119,6 +134,26 @@ class _Replacement:
         type.
         """
         grid, (source,), (output,) = self._grid, self._placeholder.inputs, self._placeholder.outputs
+        codes_limits = grid.code_limits if limit_codes and grid.storage.bits == 8 else None
+        if codes_limits is None:
+            source = self._limited(source, narrow)
+        codes = self._quantized("QuantizeLinear", source, f"{grid.label}.codes")
+        if codes_limits is not None and codes_limits != (grid.storage.low, grid.storage.high):
+            ends = (
+                self._constant(name, np.array(end, grid.storage.numpy_type))
+                for name, end in zip(("low", "high"), codes_limits, strict=True)
+            )
+            codes = self._node("Clip", [codes, *ends], f"{grid.label}.limited")
+        if grid.storage.bits < 8 and MOVED_BEHIND & {use.node.op_type for use in output.uses()}:
+            values = self._quantized("DequantizeLinear", codes, f"{output.name}.values")
+            self._node("Max", [values, self._constant("low", _bound(grid, grid.low))], output.name)
+        else:
+            self._quantized("DequantizeLinear", codes, output.name)
+        return self._finish()
+
+    def _limited(self, source: Any, narrow: bool) -> Any:
+        """A tensor whose values have codes in the grid's range."""
+        grid = self._grid
         if grid.activation is not None:
             source = self._limit("Max", source, "relu", np.array(0, np.float32))
         if grid.activation == "relu6":
@@ -128,13 +163,7 @@ class _Replacement:
             source = self._limit("Max", source, "low", _bound(grid, grid.low))
         if above:
             source = self._limit("Min", source, "high", _bound(grid, grid.high))
-        codes = self._quantized("QuantizeLinear", source, f"{grid.label}.codes")
-        if grid.storage.bits < 8 and MOVED_BEHIND & {use.node.op_type for use in output.uses()}:
-            values = self._quantized("DequantizeLinear", codes, f"{output.name}.values")
-            self._node("Max", [values, self._constant("low", _bound(grid, grid.low))], output.name)
-        else:
-            self._quantized("DequantizeLinear", codes, output.name)
-        return self._finish()
+        return source
 
     def weight(self) -> Any:
         """Packed codes and their DequantizeLinear."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from hqod_ops.quant.export.grid import Array, Grid, read_grid
+from hqod_ops.quant.export.grid import Array, Grid, read_grid, usable_storages
 from hqod_ops.quant.export.inventory import Inventory
+from hqod_ops.quant.export.targets import Target
 from hqod_ops.quant.nn.upstream import tag
 from hqod_ops.quant.quantizers.base import Quantizer
 
@@ -70,25 +71,34 @@ def record(inventory: Inventory, example: tuple[Any, ...]) -> Recording:
 
 
 def read_grids(
-    inventory: Inventory, recording: Recording, opset: int, *, unsigned_weights: bool = False
+    inventory: Inventory,
+    recording: Recording,
+    target: Target,
+    opset: int,
+    *,
+    unsigned_weights: bool = False,
 ) -> list[Grid]:
     """The grids of a model's weights, and of its activations on the example.
 
     Args:
         inventory (Inventory): of the model, on the CPU.
         recording (Recording): of the model.
+        target (Target): of the file.
         opset (int): the highest that may be used.
         unsigned_weights (bool): codes of weights in uint8, not int8. Default: False
 
     Raises:
-        ValueError: ONNX cannot express a quantizer.
+        ValueError: ONNX cannot express a quantizer, or the target does not know it.
     """
-    grids = [
-        read_grid(name, quantizer, level, recording.before[name].ndim, opset)
-        for name, (quantizer, level) in recording.calls.items()
-    ]
+    storages = usable_storages(target, opset)
+    grids = []
+    for name, (quantizer, level) in recording.calls.items():
+        grid = read_grid(name, quantizer, level, recording.before[name].ndim, storages)
+        grids.append(grid.unsigned() if target.unsigned_activations else grid)
     for name, (layer, quantizer) in inventory.weights.items():
         weight = layer.weight.detach()
-        grid = read_grid(name, quantizer, 0, weight.dim(), opset, weight)
-        grids.append(grid.unsigned() if unsigned_weights else grid)
-    return grids
+        grid = read_grid(name, quantizer, 0, weight.dim(), storages, weight)
+        if target.spread_weights:
+            grid = grid.spread()
+        grids.append(grid.unsigned() if unsigned_weights and grid.storage.bits == 8 else grid)
+    return [grid.symmetric(target.name) for grid in grids] if target.symmetric else grids

@@ -61,7 +61,9 @@ class QATProjection(QATLayer, Projection):
     weight_ch_axis = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(x), self.quantized_weight()
+        with self.saving(x, weight):
+            return F.linear(x, weight, self.bias)
 
 
 class QATMultiheadAttention(nn.MultiheadAttention):

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from hqod_ops import checks
+
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -60,6 +62,8 @@ def freeze_batch_norm(model: _Model, *, affine: bool = False) -> _Model:
         >>> type(model.train()[1]).__name__
         'FrozenBatchNorm2d'
     """
+    checks.module("model", model)
+    checks.flag("affine", affine)
     found = {name: m for name, m in model.named_modules() if type(m) in _FROZEN}
     for name, module in found.items():
         if getattr(module, "running_mean", None) is None:

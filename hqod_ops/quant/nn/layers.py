@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from hqod_ops.quant.nn.saved import saving_codes
 from hqod_ops.quant.quantizers.base import Quantizer
 
 if TYPE_CHECKING:
@@ -42,6 +45,9 @@ class QATLayer(nn.Module):
     """Where a model that quantizes all its weights together puts that of this layer."""
     upstream: UpstreamQuantizer | None = None
     """In place of the input's quantizer where that works at the producers of the input."""
+    saved_as: str = "float"
+    """How the quantized tensors are kept for the backward pass: see
+    :class:`hqod_ops.quant.QATConfig`."""
 
     @classmethod
     def from_float(
@@ -95,6 +101,12 @@ class QATLayer(nn.Module):
         if self.upstream is not None:
             return self.upstream(x)
         return _apply(self.input_quantizer, x)
+
+    def saving(self, x: Tensor, weight: Tensor) -> AbstractContextManager[Any]:
+        """Where the layer computes with its quantized tensors, and saves them."""
+        if self.saved_as == "float" or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return nullcontext()
+        return saving_codes(x, weight)
 
 
 def float_class(module: nn.Module) -> type[nn.Module]:
@@ -161,7 +173,8 @@ class QATConv2d(QATLayer, nn.Conv2d):
         if isinstance(input, fx.Proxy):
             return cast(Tensor, as_leaf(self, input))
         x, weight = self.quantized_input(input), self.quantized_weight()
-        output: Tensor = self._conv_forward(x, weight, self.bias)
+        with self.saving(x, weight):
+            output: Tensor = self._conv_forward(x, weight, self.bias)
         return output
 
 
@@ -199,9 +212,10 @@ class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
             input, output_size, kernel_size=list(self.kernel_size), num_spatial_dims=2, **shape
         )
         x, weight = self.quantized_input(input), self.quantized_weight()
-        return F.conv_transpose2d(
-            x, weight, self.bias, output_padding=output_padding, groups=self.groups, **shape
-        )
+        with self.saving(x, weight):
+            return F.conv_transpose2d(
+                x, weight, self.bias, output_padding=output_padding, groups=self.groups, **shape
+            )
 
 
 class QATLinear(QATLayer, nn.Linear):
@@ -229,4 +243,6 @@ class QATLinear(QATLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, fx.Proxy):
             return cast(Tensor, as_leaf(self, input))
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        x, weight = self.quantized_input(input), self.quantized_weight()
+        with self.saving(x, weight):
+            return F.linear(x, weight, self.bias)

@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant.patterns import Patterns, as_tuple
+from hqod_ops import checks
+from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers.calls import CountsCalls, in_backward
 from hqod_ops.quant.runtime import track_calls
 
@@ -92,8 +93,10 @@ def use_level_batch_norm(model: _Model, pattern: Patterns, levels: int) -> _Mode
         >>> len(use_level_batch_norm(head, "1", levels=5)[1].norms)
         5
     """
+    checks.module("model", model)
+    checks.count("levels", levels)
     norms = {n: m for n, m in model.named_modules() if type(m) in (nn.BatchNorm2d, nn.GroupNorm)}
-    patterns = as_tuple(pattern)
+    patterns = checks.names("pattern", pattern)
     for entry in patterns:
         if not any(fnmatchcase(name, entry) for name in norms):
             raise ValueError(

@@ -40,14 +40,12 @@ class _Watching(TorchFunctionMode):
             named = dict(zip(("input", "weight"), args, strict=False)) | kwargs
             if named.get("weight") is self.weight:
                 self.calls += 1
-                kwargs = self.replace(named)
-                args = args[2:]
-                return func(kwargs.pop("input"), kwargs.pop("weight"), *args, **kwargs)
+                return self.run(named.pop("input"), named.pop("weight"), *args[2:], **named)
         return func(*args, **kwargs)
 
-    def replace(self, named: dict[str, Any]) -> dict[str, Any]:
-        """What the function is called with."""
-        return named
+    def run(self, x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+        """The call."""
+        return self.function(x, weight, *args, **kwargs)
 
 
 class _Quantizing(_Watching):
@@ -57,10 +55,13 @@ class _Quantizing(_Watching):
         super().__init__(_FUNCTIONS[layer.base], layer.weight)
         self._layer = layer
 
-    def replace(self, named: dict[str, Any]) -> dict[str, Any]:
+    def run(self, x: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         layer = self._layer
-        x = named["input"] if layer.upstream is not None else layer.quantized_input(named["input"])
-        return {**named, "input": x, "weight": layer.quantized_weight()}
+        if layer.upstream is None:
+            x = layer.quantized_input(x)
+        weight = layer.quantized_weight()
+        with layer.saving(x, weight):
+            return super().run(x, weight, *args, **kwargs)
 
 
 class QATSubclass(QATLayer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, TypedDict
@@ -11,21 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hqod_ops.checks import integer
 from hqod_ops.quant.signatures import PassesOn
 
 MIN_BITS, MAX_BITS = 2, 8
-
-
-def as_int(name: str, value: int) -> int:
-    """An argument that must be an int.
-
-    Raises:
-        TypeError: it is none.
-    """
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an int, got {value!r}") from None
 
 
 def check_bits(name: str, bits: int) -> int:
@@ -35,7 +23,7 @@ def check_bits(name: str, bits: int) -> int:
         ValueError: bits is outside 2..8.
         TypeError: bits is not an int.
     """
-    bits = as_int(name, bits)
+    bits = integer(name, bits)
     if not MIN_BITS <= bits <= MAX_BITS:
         raise ValueError(f"{name}: expected a value in [{MIN_BITS}, {MAX_BITS}], got {bits}")
     return bits

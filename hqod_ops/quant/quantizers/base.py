@@ -218,7 +218,7 @@ class Quantizer(PassesOn, ScaleState, ABC):
             RuntimeError: the quantizer was never calibrated, or it was called more often in one
                 forward pass than in calibration.
         """
-        if self._observers is not None or not self.enabled:
+        if self._observers is not None or not self.enabled or self.left_out:
             x = self.activate(x)
             if self._observers is not None:
                 self._observe(x, self._observers)
@@ -300,6 +300,11 @@ class Quantizer(PassesOn, ScaleState, ABC):
         """From now on, forward collects statistics and returns its input."""
         self._observers = []
         self._calls.clear()
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether data has come since :meth:`start_observing`."""
+        return any(observer.count for observer in self._observers or ())
 
     def observed_scale(self) -> Observed | None:
         """Scale, signs and zero point that the statistics ask for, as :meth:`set_scale` takes them.

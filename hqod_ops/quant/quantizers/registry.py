@@ -68,6 +68,8 @@ def check_quantizer(
             f"per_channel: {name!r} has one scale a tensor; expected one of {', '.join(several)}"
         )
     known = own_options(name)
+    if part == "act":
+        known["signed"] = None
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(

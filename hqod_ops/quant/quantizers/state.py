@@ -13,6 +13,8 @@ from hqod_ops.quant.observers import code_range
 from hqod_ops.quant.quantizers.calls import CountsCalls
 
 UNCALIBRATED = (0, 0)
+LEFT_OUT = (-1, -1)
+"""The codes of a quantizer that passes on what it gets."""
 Codes = tuple[int, int]
 """The smallest and the largest code."""
 Values = dict[str, Tensor]
@@ -50,6 +52,8 @@ class ScaleState(CountsCalls):
     trained: ClassVar[bool] = True
     """Whether the values are parameters; else they are buffers."""
     code_range: Tensor
+    left_out: bool = False
+    """Whether it passes on what it gets, see :meth:`leave_out`."""
 
     def __init__(
         self,
@@ -66,6 +70,7 @@ class ScaleState(CountsCalls):
         self.label = type(self).__name__
         self.register_buffer("code_range", torch.zeros(1, 2, device=device))
         self._codes: tuple[Codes, ...] = ()
+        self.left_out = False
         for name in self.values:
             value = torch.ones(1 if ch_axis is None else channels, device=device, dtype=dtype)
             if self.trained:
@@ -77,6 +82,24 @@ class ScaleState(CountsCalls):
     def calibrated(self) -> bool:
         """Whether the scale was set or loaded."""
         return bool(self._codes)
+
+    def leave_out(self) -> None:
+        """From now on pass on what comes, also where the state is loaded, until a scale is set.
+
+        For a layer that calibration does not reach; its values are not trained.
+        """
+        self._codes, self.left_out = (), True
+        self._resize(self._shape(1), 1)
+        self.code_range.copy_(torch.tensor([LEFT_OUT]))
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+    def _take_in(self) -> None:
+        """Undo :meth:`leave_out`."""
+        if self.left_out:
+            self.left_out = False
+            for parameter in self.parameters(recurse=False):
+                parameter.requires_grad_(True)
 
     @property
     def levels(self) -> int:
@@ -118,6 +141,7 @@ class ScaleState(CountsCalls):
                 getattr(self, name).copy_(values[name])
             self.code_range.copy_(torch.tensor(codes))
         self._codes = tuple(codes)
+        self._take_in()
 
     @torch.inference_mode(False)
     def _resize(self, shape: Iterable[int], levels: int) -> None:
@@ -163,8 +187,11 @@ class ScaleState(CountsCalls):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if codes is not None:
+        if codes is not None and LEFT_OUT in codes:
+            self.leave_out()
+        elif codes is not None:
             self._codes = () if UNCALIBRATED in codes else codes
+            self._take_in()
 
     def _misfit(self, values: Values, codes: tuple[Codes, ...]) -> str | None:
         """Why a state does not fit this quantizer."""
@@ -172,7 +199,7 @@ class ScaleState(CountsCalls):
             code_range(self.bits, sign) for sign in (False, True) if self.signed in (None, sign)
         ]
         for found in codes:
-            if found not in (*allowed, UNCALIBRATED):
+            if found not in (*allowed, UNCALIBRATED, LEFT_OUT):
                 expected = " or ".join(f"[{low}, {high}]" for low, high in allowed)
                 return (
                     f"code_range: expected {expected} ({self.bits} bits), got {list(found)}; "

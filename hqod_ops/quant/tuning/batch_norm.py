@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hqod_ops.quant.batches import call, evaluating
+from hqod_ops.quant.batches import call, check_run, evaluating
 from hqod_ops.quant.tuning.moments import Moments, channel_moments, merged
 from hqod_ops.quant.tuning.pairs import check_same, hooked
 from hqod_ops.quant.tuning.running import limited, network, require_batches, together
@@ -82,6 +82,7 @@ def reestimate_batch_norm(
         >>> reestimate_batch_norm(model, [batch])[0].running_mean
         tensor([4.])
     """
+    check_run(model, batches, forward, steps=steps, float_model=float_model)
     inner = network(model)
     norms = estimated_norms(inner)
     if not norms:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant.batches import call, evaluating
+from hqod_ops.quant.batches import call, check_run, evaluating
 from hqod_ops.quant.tuning.moments import Moments, channel_moments, merged
 from hqod_ops.quant.tuning.pairs import (
     Followers,
@@ -78,6 +78,7 @@ def correct_bias(
         >>> bool(error.mean(dim=(0, 2, 3)).abs().max() < 1e-6)
         True
     """
+    check_run(model, batches, forward, steps=steps, float_model=float_model)
     check_unwrapped(model)
     places: dict[str, nn.Module] = {
         **quantized_layers(model),

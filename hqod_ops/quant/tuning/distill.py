@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from hqod_ops import checks
 from hqod_ops.quant.batches import call
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.tuning.predictions import prediction_layers, select
@@ -107,6 +108,11 @@ class Distillation:
         temperature: float = 1.0,
         forward: Callable[..., object] | None = None,
     ) -> None:
+        checks.module("student", student)
+        checks.module("teacher", teacher)
+        checks.function("forward", forward)
+        checks.at_least("feature_weight", feature_weight, 0)
+        checks.at_least("prediction_weight", prediction_weight, 0)
         if teacher.training:
             raise ValueError("teacher: expected it in eval mode, call teacher.eval() first")
         self.student, self.teacher = student, teacher

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant.batches import evaluating
+from hqod_ops import checks
+from hqod_ops.quant.batches import check_run, evaluating
 from hqod_ops.quant.calibrate import calibrate
 from hqod_ops.quant.config import QATConfig
 from hqod_ops.quant.config.qat_config import get_config
@@ -136,6 +137,11 @@ def quantize(
         >>> [step.step for step in report.steps]
         ['calibrate', 're-estimate', 'correct bias']
     """
+    check_run(model, batches, forward)
+    for name, flag in (("reestimate", reestimate), ("correct", correct), ("progress", progress)):
+        checks.flag(name, flag)
+    if not isinstance(learn, (bool, Mapping)):
+        raise TypeError(f"learn: expected a bool or a mapping of arguments, got {learn!r}")
     held = list(batches)
     float_model = copy.deepcopy(model).eval()
     config = _with_least_error(get_config(config))

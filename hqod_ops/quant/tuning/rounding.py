@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant.batches import evaluating
+from hqod_ops import checks
+from hqod_ops.quant.batches import check_run, evaluating
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.quantizers import Quantizer
@@ -144,14 +145,15 @@ def learn_rounding(
         >>> error() < before
         True
     """
-    for name, value, low in (("steps", steps, 1), ("batch_size", batch_size, 1)):
-        if value < low:
-            raise ValueError(f"{name}: expected at least {low}, got {value}")
+    check_run(model, batches, forward, steps=steps, float_model=float_model)
+    checks.count("batch_size", batch_size)
+    checks.integer("seed", seed)
+    checks.function("report", report)
+    checks.number("drop", drop)
     if not 0 <= drop <= 1:
         raise ValueError(f"drop: expected a probability in [0, 1], got {drop}")
-    for name, number in (("rate", rate), ("tune", tune)):
-        if not number >= 0:
-            raise ValueError(f"{name}: expected at least 0, got {number}")
+    for name, number in (("rate", rate), ("tune", tune), ("cache_mb", cache_mb)):
+        checks.at_least(name, number, 0)
     settings = Settings(steps, batch_size, rate, tune, drop, seed)
     layers = quantized_layers(model)
     check_same(model, float_model, layers)

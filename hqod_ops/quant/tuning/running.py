@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 from torch import nn
 
+from hqod_ops import checks
 from hqod_ops.quant.observers import gather
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -49,8 +50,7 @@ def limited(batches: Iterable[_Item], steps: int | None) -> Iterable[_Item]:
     """
     if steps is None:
         return batches
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
+    checks.count("steps", steps)
     known = length_hint(batches, 0)
     return _Limited(batches, steps if not known else min(steps, known))
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant.batches import call, evaluating
+from hqod_ops.quant.batches import call, check_run, evaluating
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.patterns import Patterns
 from hqod_ops.quant.tuning.pairs import Followers, channel_axis, check_same, hooked
@@ -81,6 +81,7 @@ def calibrate_scores(
         >>> shift() < 0.1 * before
         True
     """
+    check_run(model, batches, forward, steps=steps, float_model=float_model)
     check_unwrapped(model)
     names = prediction_layers(model) if layers is None else select("layers", model, layers)
     if not names:

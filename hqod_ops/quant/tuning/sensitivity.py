@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from hqod_ops import checks
 from hqod_ops.extras import requirer
-from hqod_ops.quant.batches import evaluating
+from hqod_ops.quant.batches import check_run, evaluating
 from hqod_ops.quant.calibrate import calibrate
 from hqod_ops.quant.config import QATConfig
 from hqod_ops.quant.nn.layers import QATLayer
@@ -187,6 +188,8 @@ def sensitivity(
         >>> len(found.rows), cells[8].snr > cells[2].snr
         (8, True)
     """
+    check_run(model, batches, forward)
+    checks.function("metric", metric)
     for kind in kinds:
         if kind not in KINDS:
             raise ValueError(f"kinds: expected {' or '.join(KINDS)}, got {kind!r}")

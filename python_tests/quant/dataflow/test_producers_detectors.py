@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hqod_ops.quant import calibrate, prepare_qat
+from hqod_ops.quant import QATConfig, calibrate, placement, prepare_qat
 from hqod_ops.quant.dataflow.producers import place_on_producers
 from python_tests.integrations import test_torchvision as detectors
 
@@ -100,3 +100,51 @@ def test_the_pyramid_is_quantized_once_for_both_towers() -> None:
     for level, feature in enumerate([*reversed(features[:4]), features[4]]):
         codes = feature / quantizer.effective_scale(level)
         torch.testing.assert_close(codes, codes.round())
+
+
+class Branching(nn.Module):
+    """What ``torch.fx`` cannot follow, one activation for all, and a layer in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        act = nn.SiLU()
+        self.parts = nn.ModuleList([nn.Sequential(nn.Conv2d(4, 4, 1), act) for _ in range(3)])
+        self.extra = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            y = part(x)
+            x = x + y if bool(y.sum() == y.sum()) else y
+        return self.extra(x) if self.training else x
+
+
+def test_by_running_where_a_trace_ends() -> None:
+    images = torch.randn(2, 4, 5, 5)
+    traced = place_on_producers(prepare_qat(Branching(), "w8a8"))
+    assert len(traced.not_placed) > 1
+    model = prepare_qat(Branching().train(), "w8a8")
+    report = place_on_producers(model, example=images)
+    assert model.training and len(report.not_placed) == 1
+    assert "argument of Branching" in report.not_placed["parts.0.0"]  # the image
+    acts = [part[1] for part in model.parts]
+    assert len(set(acts)) == 3  # one for each
+    assert set(report.placed[0].readers) | set(report.sole_readers) <= {
+        "parts.1.0",
+        "parts.2.0",
+        "extra",
+    }
+    calibrate(model, [images], progress=False)
+    model(images).sum().backward()
+
+
+@pytest.mark.require("ultralytics")
+def test_most_layers_of_a_yolo() -> None:
+    from python_tests.integrations.test_harmonize_ultralytics import batch, loss, made
+
+    model, data = made("yolo11n"), batch("objects")
+    config = QATConfig(placement="producers")
+    prepare_qat(model, config, example=data)
+    report = placement(model)
+    assert len(report.not_placed) == 13, str(report)
+    calibrate(model, [data], progress=False)
+    assert torch.isfinite(loss(model, data))

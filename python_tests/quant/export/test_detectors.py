@@ -132,7 +132,7 @@ def test_network_of_a_one_stage_detector(
     model = calibrated(build, config, producers)
     network = detection_network(model)
     x = torch.randn(2, 3, 32, 32)
-    report = export_onnx(network, x, tmp_path / "m.onnx")
+    report = export_onnx(network, x, tmp_path / "m.onnx", target="smallest")
     assert report.evaluator.startswith("onnxruntime") and "without" not in report.evaluator
     assert report.steps <= 1 and report.opset == (usable_opset() if config == "hqod_w2a2" else 21)
     assert report.storage["INT8"] >= 1  # the first convolution's

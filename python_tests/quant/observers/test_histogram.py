@@ -73,10 +73,16 @@ def test_percentile_is_off_by_a_bin_at_most(percentile: float, bins: int) -> Non
         x = torch.cat(batches).sort().values
         wanted = math.ceil(percentile / 100 * len(x) - 1e-9)
         exact_low, exact_high = x[-wanted].item(), x[wanted - 1].item()
-        low, high = (end.item() for end in observer._range())
         width = 4 * x.abs().max().item() / bins
-        assert exact_high <= high <= min(exact_high + width, x[-1].item()) + 1e-6
-        assert exact_low >= low >= max(exact_low - width, x[0].item()) - 1e-6
+        # The codes span the range that was found; the zero point is a whole one, so that their ends
+        # may be half a step beside those of the range.
+        step, zero = observer.scale().item(), observer.zero_point()
+        assert zero is not None
+        span, most = 255 * step, min(exact_high + width, x[-1].item())
+        assert exact_high - exact_low <= span + 1e-6
+        assert span <= most - max(exact_low - width, x[0].item()) + 1e-6
+        low = (code_range(8, observer.signed)[0] - zero.item()) * step
+        assert exact_low - width - step / 2 <= low + 1e-6 and low <= exact_low + step / 2 + 1e-6
 
 
 def test_percentile_of_mostly_zeros() -> None:

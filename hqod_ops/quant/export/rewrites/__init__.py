@@ -1,0 +1,1 @@
+"""Changes of a finished graph that leave its values as they are, one file each."""
