@@ -6,14 +6,16 @@ import argparse
 import errno
 import functools
 import json
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as shells have it; after SIGTERM it is 143."""
 
 FAILED = 1
 """Exit code when training diverged or a process that loads images died."""
@@ -24,23 +26,28 @@ BAD_INPUT = 2
 
 _OPTIONS = (
     *("name", "seed", "init", "device", "data.source", "quant.bits", "loss.hqod"),
-    *("schedule.epochs", "schedule.batch_size", "schedule.lr"),
+    *("schedule.epochs", "schedule.batch_size", "schedule.lr", "schedule.accumulate"),
+    *("engine.precision", "engine.compile", "data.workers"),
 )
 """Settings that are options of ``hqod train`` too; each is the destination of its option."""
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from hqod_ops.training.engine import launcher, rank
     from hqod_ops.training.files import CONFIG, read_result
     from hqod_ops.training.report import aggregate, markdown
     from hqod_ops.training.run import Run
 
     config = _run_config(arguments)
-    command = ["hqod", "train", "--resume", "--name", config.name, "--runs", str(arguments.runs)]
+    command = [*launcher(), "train", "--resume", "--name", config.name]
+    command += ["--runs", str(arguments.runs)]
     arguments.hint = f"; to continue: {shlex.join(command)}"
     run = Run(config, arguments.runs, resume=arguments.resume)
-    if config.init and not arguments.resume:
+    if config.init and not arguments.resume and rank() == 0:
         print(f"Starting from {config.init}")
     run.train(progress=not arguments.quiet, say=functools.partial(print, flush=True))
+    if rank() > 0:
+        return 0
     print(markdown(aggregate([read_result(run.directory)])))
     print(f"Settings, log, checkpoint and result: {(run.directory / CONFIG).parent}")
     return 0
@@ -270,6 +277,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--init", metavar="CHECKPOINT", help="weights of a float run to start from")
     option("--seed", type=int, metavar="S")
     option("--device", help="auto, cpu, cuda, cuda:1, ...")
+    parts = "parts that the images of a step come in"
+    option("--accumulate", dest="schedule.accumulate", type=_positive, metavar="N", help=parts)
+    option("--precision", dest="engine.precision", choices=("fp32", "bf16", "fp16"))
+    compiled = "torch.compile the network"
+    option("--compile", dest="engine.compile", action=hqod, default=None, help=compiled)
+    option("--workers", dest="data.workers", type=int, metavar="N", help="that load images")
     every = "any setting; hqod settings lists them all"
     option("--set", action="append", default=[], metavar="TABLE.SETTING=VALUE", help=every)
     train.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs")
@@ -365,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (sequence of str, optional): the arguments. Default: None, those of the process
 
     Returns:
-        int: exit code: 0, 2 for bad input, 130 after Ctrl-C.
+        int: exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
     from hqod_ops._loader import check_environment
     from hqod_ops.detection.data import DataError
@@ -382,8 +395,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments))
     except KeyboardInterrupt as stop:
         where = f" ({stop})" if str(stop) else ""
-        print(f"hqod: interrupted{where}{arguments.hint}", file=sys.stderr)
-        return INTERRUPTED
+        if int(os.environ.get("RANK", 0)) == 0:  # under torchrun, all processes are stopped
+            print(f"hqod: interrupted{where}{arguments.hint}", file=sys.stderr, flush=True)
+        return 128 + int(getattr(stop, "signum", signal.SIGINT))
     except ModuleNotFoundError as error:
         print(f'hqod: {error}: pip install "hqod_ops[detection]"', file=sys.stderr)
         return BAD_INPUT

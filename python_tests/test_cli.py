@@ -117,11 +117,12 @@ def test_interrupt_and_resume(
     monkeypatch.setattr(Trainer, "step", step)
     assert _train(tmp_path, "--name", "run") == INTERRUPTED
     line = _one_line(capsys)
-    assert "interrupted (in epoch 2, 1 saved)" in line
+    assert "interrupted (SIGINT in epoch 2, step 1; saved)" in line
     command = line.split("to continue: hqod ")[1].split()
-    assert read_checkpoint(tmp_path / "run")["epoch"] == 1
+    state = read_checkpoint(tmp_path / "run")
+    assert (state["epoch"], state["step"]) == (1, 1)
     assert main(command) == 0
-    assert read_checkpoint(tmp_path / "run")["epoch"] == 2 and len(calls) == 3 + 2
+    assert read_checkpoint(tmp_path / "run")["epoch"] == 2 and len(calls) == 3 + 1
 
 
 def test_resume_of_a_run_stopped_before_its_first_checkpoint(

@@ -32,12 +32,50 @@ def batch_images(images: Sequence[Tensor], device: torch.device, divisor: int) -
         >>> batch_images(images, torch.device("cpu"), 16).shape
         torch.Size([2, 3, 32, 32])
     """
+    return normalised(padded(images, divisor), device)
+
+
+def padded(images: Sequence[Tensor], divisor: int) -> Tensor:
+    """The first half of :func:`batch_images`, which can be done where images are loaded.
+
+    Args:
+        images (sequence of Tensor[3, H_b, W_b]), divisor (int): as there.
+
+    Returns:
+        Tensor[B, 3, H, W]: values in [0, 1], padded with grey.
+    """
     height, width = (
         math.ceil(max(image.shape[side] for image in images) / divisor) * divisor for side in (1, 2)
     )
     batch = images[0].new_full((len(images), 3, height, width), _MEAN)
     for place, image in zip(batch, images, strict=True):
         place[:, : image.shape[1], : image.shape[2]] = image
+    return batch
+
+
+class Padding:
+    """``collate_fn`` of a loader: one padded batch of images, and the list of their targets.
+
+    Args:
+        divisor (int): see :func:`padded`.
+    """
+
+    def __init__(self, divisor: int) -> None:
+        self.divisor = divisor
+
+    def __call__(
+        self, batch: Sequence[tuple[Tensor, dict[str, Any]]]
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        return padded([image for image, _ in batch], self.divisor), [target for _, target in batch]
+
+
+def normalised(batch: Tensor, device: torch.device) -> Tensor:
+    """The second half of :func:`batch_images`; changes the batch where it stays on its device.
+
+    Args:
+        batch (Tensor[B, 3, H, W]): values in [0, 1].
+        device (torch.device): where it goes.
+    """
     return batch.to(device, non_blocking=True).sub_(_MEAN).div_(_STD)
 
 
@@ -52,6 +90,6 @@ def training_targets(targets: Sequence[dict[str, Any]], device: torch.device) ->
     for target in targets:
         keep = target["iscrowd"] == 0
         clean.append(
-            {"boxes": target["boxes"][keep].to(device), "labels": target["labels"][keep].to(device)}
+            {name: target[name][keep].to(device, non_blocking=True) for name in ("boxes", "labels")}
         )
     return clean

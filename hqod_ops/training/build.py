@@ -15,6 +15,7 @@ from hqod_ops.quant import calibrate, prepare_qat, use_level_batch_norm
 from hqod_ops.training import ConfigError
 from hqod_ops.training.batch import batch_images
 from hqod_ops.training.data import check_categories
+from hqod_ops.training.engine import local_rank, world
 from hqod_ops.training.files import read_checkpoint
 from hqod_ops.training.reading import from_dict
 from hqod_ops.training.settings import RunConfig
@@ -49,15 +50,17 @@ def build_model(config: RunConfig, num_classes: int) -> Detector:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is CUDA where there is one.
+    """The device of a name; "auto" is CUDA where there is one, under torchrun the rank's own.
 
     Raises:
         ConfigError: the name is unknown or the device is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" or world() == 1:
+            return torch.device(name)
     try:
-        device = torch.device(name)
+        device = torch.device(f"cuda:{local_rank()}" if name == "cuda" and world() > 1 else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
@@ -94,7 +97,8 @@ def set_scales(model: Detector, dataset: DetectionDataset, config: RunConfig) ->
         batch_images([dataset[i][0] for i in indices.tolist()], device, model.stride)
         for indices in order.split(config.schedule.batch_size)
     )
-    calibrate(model.network, batches, progress=False)
+    # Every process sees the same images, and so sets the scales that one alone would.
+    calibrate(model.network, batches, progress=False, distributed=False)
 
 
 def load_float(model: Detector, config: RunConfig, categories: Sequence[str]) -> None:

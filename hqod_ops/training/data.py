@@ -8,6 +8,10 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
 from hqod_ops.detection.data import (
     DataError,
     DetectionDataset,
@@ -15,6 +19,7 @@ from hqod_ops.detection.data import (
     Resize,
     open_dataset,
 )
+from hqod_ops.detection.data.dataset import Target
 from hqod_ops.detection.data.files import FileDataset
 from hqod_ops.training import ConfigError, WorkerError
 from hqod_ops.training.settings import DataConfig
@@ -135,6 +140,31 @@ def described(train: DetectionDataset, test: DetectionDataset) -> str:
         how = "stretched" if train.resize.size else "scaled"
         size = f"{how} from {before} to {width} x {height} pixels (median; data.size)"
     return f"Images: {', '.join(parts)}; {size}"
+
+
+class Seeded(Dataset[tuple[Tensor, Target]]):
+    """A data set whose random transforms depend on a seed and the image alone.
+
+    So they are the same for any number of workers and processes, and after a run was resumed.
+
+    Args:
+        dataset (DetectionDataset): the data set.
+        seed (int): another one for every epoch.
+    """
+
+    def __init__(self, dataset: DetectionDataset, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        if self.dataset.transform is None:
+            return self.dataset[index]
+        with torch.random.fork_rng(devices=()):
+            # Of the CPU alone: torch.manual_seed would seed a GPU's too.
+            torch.default_generator.manual_seed((self.seed * 2**31 + index) % 2**63)
+            return self.dataset[index]
 
 
 # Scenes take seconds to draw and no run changes them, so the runs of a process share them.

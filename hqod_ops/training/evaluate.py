@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from hqod_ops.detection.data import DetectionDataset, collate
 from hqod_ops.detection.data.dataset import Target
 from hqod_ops.detection.evaluation import coco_results, evaluate_coco
 from hqod_ops.detection.harmony import HarmonyReport, harmony_report
 from hqod_ops.detection.models.detector import Detections, Detector
+from hqod_ops.quant.observers import gather
 from hqod_ops.training.batch import batch_images
 from hqod_ops.training.data import workers_watched
+from hqod_ops.training.engine import from_first, rank, world
 from hqod_ops.training.progress import progress_bar
 
 _EVALUATION_BATCH = 64
+_NOTHING = object()
 
 
 @torch.no_grad()
@@ -68,6 +75,9 @@ def evaluate(
 ) -> tuple[dict[str, float], HarmonyReport]:
     """COCO's metrics and the agreement of scores and IoUs.
 
+    In a distributed run every process calls it and looks at its share of the images; all get the
+    same.
+
     Args:
         model (Detector): the detector.
         dataset (DetectionDataset): images with ground truth.
@@ -78,7 +88,22 @@ def evaluate(
         tuple: the metrics of :func:`hqod_ops.detection.evaluation.evaluate_coco` with those of the
         harmony report, and that report.
     """
-    outputs, targets = predict(model, dataset, workers=workers, progress=progress)
+    first = rank() == 0
+    mine = Subset(dataset, range(rank(), len(dataset), world()))
+    found = predict(model, mine, workers=workers, progress=progress and first)
+    parts = gather(found) if world() > 1 else [found]
+    if not first:
+        scored: tuple[dict[str, float], HarmonyReport] = from_first(None)
+        return scored
+    outputs, targets = ([*_interleaved([part[k] for part in parts])] for k in (0, 1))
     metrics = evaluate_coco(dataset.coco_ground_truth, coco_results(outputs, targets))
     harmony = harmony_report(outputs, targets)
-    return {**metrics, **harmony.as_dict()}, harmony
+    scored = {**metrics, **harmony.as_dict()}, harmony
+    from_first(scored)
+    return scored
+
+
+def _interleaved(parts: Sequence[Sequence[Any]]) -> Iterator[Any]:
+    """Every n-th item of each of n parts, in the order of the whole."""
+    for row in itertools.zip_longest(*parts, fillvalue=_NOTHING):
+        yield from (item for item in row if item is not _NOTHING)

@@ -44,12 +44,15 @@ def learning_rate(config: ScheduleConfig, steps_per_epoch: int) -> Callable[[int
     return onecycle if config.policy == "onecycle" else stepwise
 
 
-def make_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: ScheduleConfig, *, fused: bool = True
+) -> torch.optim.Optimizer:
     """AdamW or SGD with weight decay on matrices and kernels alone.
 
     Args:
         model (nn.Module): the model, quantized or not.
         config (ScheduleConfig): kind and rates, those of the quantizers' scales among them.
+        fused (bool): AdamW in one kernel. Default: True
     """
     scales = list(quantizer_parameters(model))
     known = {id(p) for p in scales}
@@ -69,4 +72,4 @@ def make_optimizer(model: nn.Module, config: ScheduleConfig) -> torch.optim.Opti
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
     # Fused: a quantized model has a hundred scales of one element each.
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)

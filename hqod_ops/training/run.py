@@ -12,6 +12,7 @@ import torch
 from hqod_ops.training import ConfigError
 from hqod_ops.training.build import build_model, choose_device, load_float, quantize, set_scales
 from hqod_ops.training.data import check_categories, described, open_data, settled
+from hqod_ops.training.engine import processes, rank, sync_norms
 from hqod_ops.training.evaluate import evaluate
 from hqod_ops.training.files import (
     CHECKPOINT,
@@ -26,16 +27,17 @@ from hqod_ops.training.reading import from_dict, to_dict
 from hqod_ops.training.settings import RunConfig
 from hqod_ops.training.trainer import Trainer
 
-_MAY_CHANGE = {"name", "device"}
+_MAY_CHANGE = {"name", "device", "data.workers", "engine.backend", "engine.checkpoint_minutes"}
 """Settings that a resumed run may change: at most its rounding differs then."""
 
 
 class Run:
     """One training run in a directory of its own.
 
-    It leaves ``config.json``, ``log.jsonl`` (a line an epoch), ``last.pt`` (the checkpoint after
-    the last whole epoch), ``harmony.npz`` and ``result.json``. The result is that of the last
-    epoch: no epoch is chosen by its score on the test images.
+    It leaves ``config.json``, ``log.jsonl`` (a line an epoch), ``last.pt`` (the last checkpoint),
+    ``harmony.npz`` and ``result.json``. The result is that of the last epoch: no epoch is chosen by
+    its score on the test images. Under torchrun every process makes the same one, and the first
+    writes.
 
     Args:
         config (RunConfig): everything the run depends on.
@@ -102,9 +104,15 @@ class Run:
 
         Raises:
             ValueError: data or settings cannot be used; the message is one line.
-            Interrupted: Ctrl-C; the run can be resumed.
+            Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
         """
         device = choose_device(self.config.device)
+        with processes(self.config.engine, device):
+            return self._train(device, progress, say if rank() == 0 else None)
+
+    def _train(
+        self, device: torch.device, progress: bool, say: Callable[[str], object] | None
+    ) -> dict[str, Any]:
         # First of all: a run that is stopped before its first checkpoint is resumed by this file.
         self.directory.mkdir(parents=True, exist_ok=True)
         self._save_settings()
@@ -126,16 +134,21 @@ class Run:
         model = build_model(config, len(dataset.categories)).to(device)
         if config.init and self._state is None:
             load_float(model, config, dataset.categories)
+        if config.engine.sync_norms:
+            model.network = sync_norms(model.network)
         if config.quantized:
             quantize(model, config)
             if self._state is None:
                 set_scales(model, dataset, config)
+        if rank() > 0:  # for what draws in training, such as dropout
+            torch.manual_seed(config.seed + rank())
         trainer = Trainer(model, dataset, config, self.directory)
         if self._state is not None:
             trainer.load(self._state)
         trainer.fit(title=config.name, progress=progress)
         metrics, harmony = evaluate(model, test, workers=config.data.workers, progress=progress)
-        harmony.save(self.directory / HARMONY)
+        if rank() == 0:
+            harmony.save(self.directory / HARMONY)
         result: dict[str, Any] = {
             **metrics,
             "epochs": trainer.epoch,
@@ -144,11 +157,13 @@ class Run:
         }
         # JSON knows no NaN: a metric without a value is null.
         known = {k: None if v != v else v for k, v in result.items()}
-        write_json(self.directory / RESULT, known)
+        if rank() == 0:
+            write_json(self.directory / RESULT, known)
         return result
 
     def _save_settings(self) -> None:
-        write_json(self.directory / CONFIG, to_dict(self.config))
+        if rank() == 0:
+            write_json(self.directory / CONFIG, to_dict(self.config))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

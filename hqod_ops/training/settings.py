@@ -20,6 +20,7 @@ from hqod_ops.quant.config import FLOAT_BITS, QATConfig
 
 __all__ = [
     "DataConfig",
+    "EngineConfig",
     "LossConfig",
     "ModelConfig",
     "RunConfig",
@@ -81,7 +82,7 @@ class ScheduleConfig:
 
     Args:
         epochs (int): passes over the training images.
-        batch_size (int): images a step.
+        batch_size (int): images a step, of all processes together.
         optimizer (str): "adamw" or "sgd" (momentum 0.9).
         lr (float): highest learning rate.
         weight_decay (float): of weights; norms, biases and factors have none.
@@ -94,6 +95,8 @@ class ScheduleConfig:
             relative to lr.
         steps (list of int): epochs after which a step schedule divides the rate by 10.
         clip (float): largest L2 norm of the gradient; 0 for none.
+        accumulate (int): parts that the images of a step come in one after another, where they do
+            not fit in memory together; each has norms and loss divisors of its own.
     """
 
     epochs: Count = 5
@@ -107,6 +110,28 @@ class ScheduleConfig:
     warmup: Part = 0.1
     steps: tuple[WholeNumber, ...] = ()
     clip: Factor = 10.0
+    accumulate: Count = 1
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a run computes: precision, processes, checkpoints.
+
+    Args:
+        precision (str): of training: "fp32", or "bf16" or "fp16" by autocast; "fp16" needs CUDA.
+        channels_last (bool): weights and images with the channels last in memory.
+        compile (bool): torch.compile the network.
+        sync_norms (bool): batch norms over the images of all processes; needs CUDA.
+        backend (str): of torchrun's processes: "gloo", "nccl", or "auto" by the device.
+        checkpoint_minutes (float): time between checkpoints within an epoch; 0 for none.
+    """
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    sync_norms: bool = False
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    checkpoint_minutes: Factor = 10.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +156,7 @@ class RunConfig:
     test: TestConfig = field(default_factory=TestConfig)
     quant: QATConfig = field(default_factory=lambda: QATConfig(FLOAT_BITS, FLOAT_BITS))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
     @property
     def quantized(self) -> bool:

@@ -97,22 +97,62 @@ def resumed(runs: Path, name: str, whole: dict[str, Any], *options: str) -> bool
     return same(read_checkpoint(runs / name), whole)
 
 
+ALWAYS = ("--set", "engine.checkpoint_minutes=1e-9")
+"""A checkpoint after every step."""
+
+
 @pytest.mark.parametrize(
-    ("where", "count", "epochs"),
+    ("where", "count", "epochs", "steps", "options"),
     [
-        ("step", STEPS + 2, 1),
-        ("replace", 6, 1),  # config; checkpoint and log at first and after an epoch; checkpoint
+        ("step", STEPS + 2, 1, 0, ()),
+        ("step", STEPS + 2, 1, 1, ALWAYS),
+        # config; checkpoint and log at first and after an epoch; checkpoint
+        ("replace", 6, 1, 0, ()),
     ],
 )
-def test_killed(tmp_path: Path, whole: dict[str, Any], where: str, count: int, epochs: int) -> None:
-    arguments = [sys.executable, "-c", KILLED, where, str(count), *command(tmp_path, "run")]
+def test_killed(
+    tmp_path: Path,
+    whole: dict[str, Any],
+    where: str,
+    count: int,
+    epochs: int,
+    steps: int,
+    options: tuple[str, ...],
+) -> None:
+    arguments = [sys.executable, "-c", KILLED, where, str(count)]
+    arguments += command(tmp_path, "run", *options)
     done = subprocess.run(arguments, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
-    assert read_checkpoint(tmp_path / "run")["epoch"] == epochs
+    state = read_checkpoint(tmp_path / "run")
+    assert (state["epoch"], state["step"]) == (epochs, steps)
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert len(lines) == epochs
     assert resumed(tmp_path, "run", whole)
     assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_terminated(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    whole: dict[str, Any],
+) -> None:
+    original, steps = Trainer.step, []
+
+    def step(trainer: Trainer, *args: Any) -> dict[str, float]:
+        steps.append(1)
+        if len(steps) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        assert main(command(tmp_path, "run")) == 128 + signal.SIGTERM
+    error = capsys.readouterr().err
+    assert "SIGTERM in epoch 1, step 1; saved" in error and "train --resume" in error
+    assert read_checkpoint(tmp_path / "run")["step"] == 1
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert resumed(tmp_path, "run", whole)
 
 
 class _Full(io.FileIO):
