@@ -88,10 +88,10 @@ def find_cuobjdump() -> str:
     raise FileNotFoundError("cuobjdump: install the CUDA toolkit, or pip install triton")
 
 
-def _dump(tool: str, library: Path, what: str) -> str:
+def _dump(tool: str, library: Path, *what: str) -> str:
     environment = os.environ | {"PATH": f"{Path(tool).parent}:{os.environ['PATH']}"}  # nvdisasm
     text = subprocess.run(
-        [tool, what, str(library)], check=True, capture_output=True, text=True, env=environment
+        [tool, *what, str(library)], check=True, capture_output=True, text=True, env=environment
     ).stdout
     return subprocess.run(
         ["c++filt"], input=text, check=True, capture_output=True, text=True
@@ -227,12 +227,16 @@ def _read_code(text: str, kernels: dict[tuple[str, str], Kernel]) -> None:
     finish()
 
 
+def local_memory(kernel: Kernel) -> list[str]:
+    """Whether a kernel spills."""
+    used = kernel.stack_bytes + kernel.local_bytes
+    return [f"{kernel.name} on {kernel.arch}: {used} bytes of local memory"] if used else []
+
+
 def problems(kernel: Kernel) -> list[str]:
     """What a kernel does not keep to."""
-    found = []
+    found = local_memory(kernel)
     where = f"{kernel.name} on {kernel.arch}"
-    if kernel.stack_bytes or kernel.local_bytes:
-        found.append(f"{where}: {kernel.stack_bytes + kernel.local_bytes} bytes of local memory")
     least = 2  # several loads before the first use of one, stores as wide
     if kernel.name.startswith("FakeQuantKernel"):
         if kernel.loads_under_way < least:
@@ -245,14 +249,24 @@ def problems(kernel: Kernel) -> list[str]:
     return found
 
 
-def report(library: Path) -> list[Kernel]:
-    """All kernels of a library, by name and architecture."""
+def report(library: Path) -> tuple[list[Kernel], list[str]]:
+    """All kernels of a library, by name and architecture, and the architectures that are newer than
+    cuobjdump: what they need is known, their code is not."""
     tool = find_cuobjdump()
     kernels = _resources(_dump(tool, library, "-res-usage"))
-    _read_code(_dump(tool, library, "-sass"), kernels)
+    unread = []
+    for arch in sorted({kernel.arch for kernel in kernels.values()}):
+        try:
+            text = _dump(tool, library, "-arch", arch, "-sass")
+        except subprocess.CalledProcessError as error:
+            if "is not defined for option" not in error.stdout + error.stderr:
+                raise
+            unread.append(arch)
+        else:
+            _read_code(text, kernels)
     return sorted(
         kernels.values(), key=lambda kernel: (kernel.name, int(kernel.arch.partition("_")[2]))
-    )
+    ), unread
 
 
 def table(kernels: list[Kernel]) -> str:
@@ -307,10 +321,10 @@ def read_json(path: Path) -> list[Kernel]:
     return [Kernel(**dict(zip(earlier["columns"], row, strict=True))) for row in earlier["kernels"]]
 
 
-def differences(kernels: list[Kernel], path: Path) -> list[str]:
+def differences(kernels: list[Kernel], path: Path, unread: list[str]) -> list[str]:
     """How kernels differ from an earlier report, but for what varies with nvcc: registers, and
-    instructions unless they are a tenth more."""
-    old_kernels = {(kernel.name, kernel.arch): kernel for kernel in read_json(path)}
+    instructions unless they are a tenth more. Not those of architectures that were not read."""
+    old_kernels = {(k.name, k.arch): k for k in read_json(path) if k.arch not in unread}
     old = {key: asdict(kernel) for key, kernel in old_kernels.items()}
     new = {(kernel.name, kernel.arch): asdict(kernel) for kernel in kernels}
     found = [f"{name} on {arch}: not in {path}" for name, arch in new.keys() - old.keys()]
@@ -347,26 +361,30 @@ def main() -> int:
         print(f"error: {options.library} does not exist: build with nvcc at hand", file=sys.stderr)
         return 2
     try:
-        kernels = report(options.library)
+        everything, unread = report(options.library)
     except FileNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    kernels = [kernel for kernel in everything if kernel.arch not in unread]
     print(table(kernels))
     print()
     print(elements_table(kernels, options.before and read_json(options.before)))
     found = [problem for kernel in kernels for problem in problems(kernel)]
-    archs = sorted({kernel.arch for kernel in kernels})
+    found += [problem for k in everything if k.arch in unread for problem in local_memory(k)]
+    archs = sorted({kernel.arch for kernel in everything})
+    if unread:
+        print(f"{', '.join(unread)}: newer than cuobjdump, which reads no code of it")
     if not kernels:
         found.append("no kernel found")
     if options.arch and sorted(options.arch) != archs:
         found.append(f"architectures: expected {sorted(options.arch)}, got {archs}")
     if options.compare:
-        found += differences(kernels, options.compare)
+        found += differences(kernels, options.compare, unread)
     if options.json:
         options.json.write_text(as_json(kernels))
     for problem in found:
         print(f"error: {problem}", file=sys.stderr)
-    print(f"{len(kernels)} kernels for {', '.join(archs)}: {len(found)} problems")
+    print(f"{len(everything)} kernels for {', '.join(archs)}: {len(found)} problems")
     return 1 if found else 0
 
 

@@ -1,4 +1,4 @@
-"""How much of what the fake-quant kernels compute is of use, from the layout that host code gives them."""
+"""How much of what the fake-quant kernels compute is of use, by the layout that host code sets."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from bench import quant
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 PROGRAM = r"""
 #include <cstdio>
@@ -53,11 +54,11 @@ DTYPES = {"float32": 0, "bfloat16": 2}
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None or not (ROOT / "csrc").exists():
+    if compiler is None or not SOURCES.exists():
         pytest.skip("needs a C++ compiler and the sources")
     place = tmp_path_factory.mktemp("work")
     (place / "work.cpp").write_text(PROGRAM)
-    command = [compiler, "-std=c++20", "-I", str(ROOT / "csrc"), str(place / "work.cpp")]
+    command = [compiler, "-std=c++20", "-I", str(SOURCES), str(place / "work.cpp")]
     subprocess.run([*command, "-o", str(place / "work")], check=True)
     return place / "work"
 
