@@ -1,23 +1,14 @@
-# The CUDA library. Its architectures are those of TORCH_CUDA_ARCH_LIST, as for torch's own
-# extensions: "9.0", "8.6;9.0+PTX".
-set(arch_list "$ENV{TORCH_CUDA_ARCH_LIST}")
-if(arch_list STREQUAL "")
-  set(arch_list "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX")
-endif()
-string(REGEX REPLACE "[ ,;]+" ";" arch_list "${arch_list}")
-set(CMAKE_CUDA_ARCHITECTURES "")
-foreach(arch IN LISTS arch_list)
-  if(NOT arch MATCHES "^([0-9]+)\\.([0-9]a?)(\\+PTX)?$")
-    message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 9.0+PTX, got ${arch}")
-  endif()
-  list(APPEND CMAKE_CUDA_ARCHITECTURES "${CMAKE_MATCH_1}${CMAKE_MATCH_2}-real")
-  if(CMAKE_MATCH_3)
-    list(APPEND CMAKE_CUDA_ARCHITECTURES "${CMAKE_MATCH_1}${CMAKE_MATCH_2}-virtual")
-  endif()
-endforeach()
+# The CUDA library, for the architectures of TORCH_CUDA_ARCH_LIST.
+include(${CMAKE_CURRENT_LIST_DIR}/architectures.cmake)
 
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+set(CMAKE_CUDA_ARCHITECTURES OFF)  # they are among the flags
 enable_language(CUDA)
+set(arch_list "$ENV{TORCH_CUDA_ARCH_LIST}")
+if(arch_list STREQUAL "")
+  hqod_default_architectures("${CMAKE_CUDA_COMPILER_VERSION}" arch_list)
+endif()
+hqod_architecture_flags("${arch_list}" arch_flags)
 
 add_library(hqod_cuda_kernels OBJECT ${cuda_kernels})
 set_target_properties(hqod_cuda_kernels PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
@@ -25,6 +16,7 @@ target_include_directories(hqod_cuda_kernels PRIVATE csrc)
 target_compile_definitions(hqod_cuda_kernels PRIVATE HQOD_ISA=cuda)
 # No fused products but those asked for: see mul_add in csrc/math/elementary.h.
 target_compile_options(hqod_cuda_kernels PRIVATE -O3 -fmad=false -Xptxas=-v --threads=2
+                                                 ${arch_flags}
                                                  -Xcompiler=-fvisibility=hidden)
 if(HQOD_WERROR)
   target_compile_options(hqod_cuda_kernels PRIVATE --Werror=all-warnings -Xcompiler=-Wall,-Wextra)

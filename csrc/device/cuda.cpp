@@ -36,7 +36,7 @@ int64_t sums_size(const FakeQuantCall& call) {
 
 void run_loss(Loss loss, LossCall& call, const Tensor& like, bool backward) {
   const OnDevice device(like);
-  const int64_t chunks = loss_chunks(call);
+  const int64_t chunks = cuda_loss_chunks(call);
   if (call.total == nullptr || chunks == 1) {
     if (chunks > 0) cuda_loss(loss)(call, backward, device.stream());
     return;

@@ -33,7 +33,7 @@ struct LossCall {
   void* d_scores = nullptr;  // [N] or null
   void* d_ious = nullptr;    // [N] or null
 
-  double* partial_sums = nullptr;  // [ceil(N / kLossChunk)]: where the device sums on its way
+  double* partial_sums = nullptr;  // [chunks]: where the device sums on its way
 
   template <typename Options>
   const Options& options_as() const {
@@ -43,7 +43,8 @@ struct LossCall {
   Dtype loss_dtype() const { return dtype == Dtype::kFloat64 ? dtype : Dtype::kFloat32; }
 };
 
-// Samples of one partial sum: fixed, so that a sum does not depend on the number of threads.
+// Samples of one partial sum on the CPU: fixed, so that a sum does not depend on the number of
+// threads.
 inline constexpr int64_t kLossChunk = 1024;
 
 inline int64_t loss_chunks(const LossCall& call) {

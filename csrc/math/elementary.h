@@ -72,9 +72,39 @@ HQOD_HD double less_than_short_multiple(double x, double n, double s) {
 HQOD_HD float magnitude(float x) { return __builtin_fabsf(x); }
 HQOD_HD double magnitude(double x) { return __builtin_fabs(x); }
 
+// The greater and the lesser of two, NaN where one is. A GPU's instructions take +0 for greater
+// than -0, elsewhere x stays as it is where the two are equal.
 template <typename T>
-HQOD_HD T clamp_nan(T x, T low, T high) {  // NaN stays NaN
-  x = x < low ? low : x;                   // one after the other: a max and a min instruction
+HQOD_HD T max_nan(T x, T low) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 4) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(low));
+    return x;
+  }
+#endif
+  return x < low ? low : x;
+}
+
+template <typename T>
+HQOD_HD T min_nan(T x, T high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 4) {
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(high));
+    return x;
+  }
+#endif
+  return x > high ? high : x;
+}
+
+template <typename T>
+HQOD_HD T clamp_nan(T x, T low, T high) {  // NaN stays NaN; bounds are none
+  return min_nan(max_nan(x, low), high);   // one after the other: a max and a min instruction
+}
+
+// The same for an upper bound that may be NaN, which holds nothing.
+template <typename T>
+HQOD_HD T clamp_open(T x, T low, T high) {
+  x = max_nan(x, low);
   return x > high ? high : x;
 }
 

@@ -59,7 +59,7 @@ HQOD_HD T quant_ratio(T x, const QuantScale<T>& s) {
 // `clipped` when an activation comes first.
 template <Ratio kind, bool clipped, typename T>
 HQOD_HD T fake_quant(T x, const QuantScale<T>& s) {
-  if constexpr (clipped) x = clamp_nan(x, s.x_low, s.x_high);
+  if constexpr (clipped) x = clamp_open(x, s.x_low, s.x_high);
   return clamp_nan(round_even(quant_ratio<kind>(x, s)), s.low, s.high) * s.scale;
 }
 
@@ -83,7 +83,7 @@ inline constexpr Bits<T> kDoubt = Bits<T>(1) << (sizeof(T) == 4 ? 23 : 52);
 // fake_quant with one product for the quotient. Not sure near a tie, or of a NaN: then says so.
 template <bool clipped, typename T>
 HQOD_HD T fake_quant_guess(T x, const QuantScale<T>& s, T margin, Bits<T>& doubt) {
-  if constexpr (clipped) x = clamp_nan(x, s.x_low, s.x_high);
+  if constexpr (clipped) x = clamp_open(x, s.x_low, s.x_high);
   const T ratio = x * s.inverse;
   const T code = round_even(ratio);
   const T rest = ratio - code;
@@ -123,7 +123,7 @@ HQOD_HD FakeQuantGrad<T> fake_quant_grad(T x, const QuantScale<T>& s, T dy) {
   bool stopped = false;
   if constexpr (clipped) {
     stopped = (x <= s.x_low) | (x >= s.x_high);
-    x = clamp_nan(x, s.x_low, s.x_high);
+    x = clamp_open(x, s.x_low, s.x_high);
   }
   const T code = round_even(quant_ratio<kind>(x, s));
   const T level = clamp_nan(code, s.low, s.high);

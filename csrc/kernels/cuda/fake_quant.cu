@@ -3,6 +3,7 @@
 
 #include "kernels/cuda/fake_quant.h"
 #include "kernels/cuda/fake_quant_kernel.h"
+#include "kernels/cuda/fake_quant_total.h"
 
 HQOD_MATH_BEGIN
 
@@ -45,21 +46,21 @@ void launch_tables(const std::vector<const FakeQuantCall*>& calls, Stream stream
   }
 }
 
-template <typename S>
+template <typename S, bool clipped>
 struct Kernels {
   template <int n>
-  using Forward = FakeQuantKernel<S, false, n>;
+  using Forward = FakeQuantKernel<S, false, n, clipped>;
   template <int n>
-  using Backward = FakeQuantKernel<S, true, n>;
+  using Backward = FakeQuantKernel<S, true, n, clipped>;
 };
 
-template <typename S, int n>
+template <typename S, int n, bool clipped>
 void run_calls(const std::vector<const FakeQuantCall*>& calls, bool backward, Stream stream) {
   const auto units = [](const FakeQuantItem& item) { return item.layout.units; };
   if (backward) {
-    launch_tables<Kernels<S>::template Backward, n>(calls, stream, units);
+    launch_tables<Kernels<S, clipped>::template Backward, n>(calls, stream, units);
   } else {
-    launch_tables<Kernels<S>::template Forward, n>(calls, stream, units);
+    launch_tables<Kernels<S, clipped>::template Forward, n>(calls, stream, units);
   }
 }
 
@@ -69,15 +70,25 @@ void run_totals(const std::vector<const FakeQuantCall*>& calls, Stream stream) {
     const FakeQuantCall& call = item.call;
     const bool wanted = call.d_scale != nullptr || call.d_zero_point != nullptr;
     if (!wanted || item.layout.blocks == 1) return int64_t{0};
-    const int width = kFakeQuantThreads / FakeQuantTotalKernel<n>::lanes_of(item.layout.blocks);
-    return ceil_div(call.channels, width);
+    using Total = FakeQuantTotalKernel<n>;
+    const int lanes = Total::lanes_of(item.layout.blocks, call.channels);
+    return ceil_div(call.channels, Total::kThreads / lanes);
   });
 }
 
+// Those with an activation one by one: fake_quant_foreach has none.
 template <typename S>
 void run_dtype(const std::vector<const FakeQuantCall*>& calls, bool backward, Stream stream) {
-  if (calls.size() == 1) return run_calls<S, 1>(calls, backward, stream);
-  if (!calls.empty()) run_calls<S, kMaxItems>(calls, backward, stream);
+  std::vector<const FakeQuantCall*> plain;
+  for (const FakeQuantCall* call : calls) {
+    if (call->activation == 0) {
+      plain.push_back(call);
+    } else {
+      run_calls<S, 1, true>({call}, backward, stream);
+    }
+  }
+  if (plain.size() == 1) return run_calls<S, 1, false>(plain, backward, stream);
+  if (!plain.empty()) run_calls<S, kMaxItems, false>(plain, backward, stream);
 }
 
 HQOD_MATH_END

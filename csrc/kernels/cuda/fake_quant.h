@@ -20,21 +20,30 @@ inline int64_t cuda_vector(const FakeQuantCall& call, bool rows) {
   return call.dtype == Dtype::kFloat32 || !rows ? 4 : 8;
 }
 
-// A block works on one unit: four accesses a thread in a row; in a tile one access a thread at each
-// of as many steps as keep partial sums below a thirtieth of the tensor, and more where that leaves
-// work enough for the whole device.
+// A block works on one unit: four accesses a thread in a row, more where that leaves work enough
+// for the whole device; in a tile one access a thread at each of as many steps as keep partial sums
+// below a thirtieth of the tensor, and more likewise.
 inline FakeQuantLayout cuda_layout(const FakeQuantCall& call) {
-  constexpr int64_t kThreads = 256, kEnoughUnits = 1024;
+  constexpr int64_t kThreads = 256, kEnoughUnits = 1024, kMostElements = 64;
   const int64_t size = call.dtype == Dtype::kFloat64 ? 8 : call.dtype == Dtype::kFloat32 ? 4 : 2;
   const int64_t vector = cuda_vector(call, false), stretch = kThreads * vector;
   const int64_t at_once = cuda_steps_at_once(call.inner);
-  FakeQuantTuning tuning{.unit = 4 * kThreads * cuda_vector(call, true),
+  const int64_t in_row = cuda_vector(call, true), access = kThreads * in_row;
+  const int64_t numel = call.outer * call.channels * call.inner;
+  const int64_t accesses =
+      std::clamp<int64_t>(numel / (2 * kEnoughUnits * access), 4, kMostElements / in_row);
+  FakeQuantTuning tuning{.unit = accesses * access,
                          .tile = stretch / at_once,
                          .tile_steps = 1,
                          .row_min = stretch + 1,
                          .vector = vector};
   const FakeQuantLayout layout = fake_quant_layout(call.outer, call.channels, call.inner, tuning);
-  if (layout.numel == 0 || layout.rows) return layout;
+  if (layout.numel == 0) return layout;
+  if (layout.rows) {  // units of equal size, in whole accesses of a warp
+    const int64_t warp = 32 * in_row, size = ceil_div(layout.inner, layout.per_row);
+    tuning.unit = ceil_div(size, warp) * warp;
+    return fake_quant_layout(call.outer, call.channels, call.inner, tuning);
+  }
   const int64_t least = ceil_div(256, call.inner * size), most = std::max<int64_t>(least, 16);
   const int64_t steps = std::clamp(layout.steps * layout.tiles / kEnoughUnits, least, most);
   tuning.tile_steps = ceil_div(steps, 2 * at_once) * 2 * at_once;

@@ -10,7 +10,6 @@
 HQOD_MATH_BEGIN
 
 inline constexpr int kFakeQuantThreads = 256;
-inline constexpr int kRowAccesses = 4;  // of a thread in a unit of a row
 
 // The places of a thread in a stretch of elements that some threads access at once: neighbours,
 // also where no vector is aligned, so that sums are the same wherever a tensor lies in memory.
@@ -21,15 +20,18 @@ struct Places {
 
   HQOD_HD int at(int j) const { return thread * n + j; }
 
+  // Where there is nothing a thread does nothing, and so a warp that lies beyond the width.
+  HQOD_HD bool any(int width) const { return at(0) < width; }
+
   // Whether this thread has a whole vector of a stretch, or nothing.
-  HQOD_HD bool whole(int width) const { return vector && (at(n - 1) < width || at(0) >= width); }
+  HQOD_HD bool whole(int width) const { return vector && (at(n - 1) < width || !any(width)); }
 
   // `all_whole`: a single access, known to be whole.
   template <bool all_whole>
   HQOD_HD Pack<S, n> load(const S* from, int width) const {
     Pack<S, n> p{};
     if constexpr (all_whole) {
-      if (at(0) < width) p = reinterpret_cast<const Pack<S, n>*>(from)[thread];
+      if (any(width)) p = load_pack<Pack<S, n>>(from, thread);
     } else {
       HQOD_UNROLL
       for (int j = 0; j < n; ++j) {
@@ -42,7 +44,7 @@ struct Places {
   template <bool all_whole>
   HQOD_HD void store(const Pack<S, n>& p, S* to, int width) const {
     if constexpr (all_whole) {
-      if (at(0) < width) reinterpret_cast<Pack<S, n>*>(to)[thread] = p;
+      store_pack(p, to, thread);
     } else {
       HQOD_UNROLL
       for (int j = 0; j < n; ++j) {
@@ -52,7 +54,8 @@ struct Places {
   }
 };
 
-template <typename S, bool backward, int n_items>
+// `clipped`: an activation comes first.
+template <typename S, bool backward, int n_items, bool clipped>
 struct FakeQuantKernel {
   using T = decltype(widen(S{}));
   // Elements of an access: 16 bytes in a row, four halves in a tile, where each has its own scale.
@@ -78,12 +81,12 @@ struct FakeQuantKernel {
     S out;
     if constexpr (backward) {
       const T upstream = static_cast<T>(widen(dy));
-      const FakeQuantGrad<T> g = fake_quant_grad<ratio, true>(widen(x), s, upstream);
+      const FakeQuantGrad<T> g = fake_quant_grad<ratio, clipped>(widen(x), s, upstream);
       narrow(g.dx, out);
       ds = mul_add(upstream, g.slope, ds);
       dz += g.dz;
     } else {
-      narrow(fake_quant<ratio, true>(widen(x), s), out);
+      narrow(fake_quant<ratio, clipped>(widen(x), s), out);
     }
     return out;
   }
@@ -98,7 +101,7 @@ struct FakeQuantKernel {
   }
 
   // Some stretches, all of whose loads come first. A scale for each place, or one for all. Places
-  // beyond the width count as 0 with a gradient of 0.
+  // of a cut vector that lie beyond the width count as 0 with a gradient of 0.
   template <bool all_whole, int packs, int n, int n_scales>
   HQOD_HD static void stretches_of(const FakeQuantItem& item, const Places<S, n>& places,
                                    const QuantScale<T> (&scales)[n_scales], T (&ds)[n_scales],
@@ -115,6 +118,7 @@ struct FakeQuantKernel {
     }
     HQOD_UNROLL
     for (int i = 0; i < packs; ++i) {
+      if (!places.any(widths[i])) continue;
       Pack<S, n> out;
       HQOD_UNROLL
       for (int j = 0; j < n; ++j) {
@@ -171,15 +175,17 @@ struct FakeQuantKernel {
     T ds[1] = {}, dz[1] = {};
     if (quotient_works(scales[0].scale)) {
       HQOD_ROLL
-      for (int at = 0; at < kRowAccesses * stretch; at += kRowPacks * stretch) {
+      for (int at = 0; at < width; at += kRowPacks * stretch) {
         stretches<kRowPacks>(item, places, scales, ds, dz, unit.start + at, stretch,
                              [=](int i) { return width - at - i * stretch; });
       }
     } else {
       HQOD_ROLL
-      for (int i = 0; i < kRowAccesses * kRowN; ++i) {
-        const int at = i / kRowN * stretch + places.at(i % kRowN);
-        divided(item, unit.channel, unit.start, at, width, ds[0], dz[0]);
+      for (int at = places.at(0); at < width; at += stretch) {
+        HQOD_ROLL
+        for (int j = 0; j < kRowN; ++j) {
+          divided(item, unit.channel, unit.start, at + j, width, ds[0], dz[0]);
+        }
       }
     }
     if constexpr (backward) {
@@ -337,51 +343,6 @@ struct FakeQuantKernel {
         double sum = 0;
         for (int i = 0; i < segments.lanes; ++i) sum += shared.lanes[lane][thread - lane + i];
         emit(item, unit, first, lane, sum);
-      }
-    }
-  }
-};
-
-// The gradients of scales and zero points from their partial sums: a block has 256 / lanes
-// channels.
-template <int n_items>
-struct FakeQuantTotalKernel {
-  static constexpr int kThreads = kFakeQuantThreads, kBlocks = 4, kPhases = 2;
-  struct Shared {
-    double sums[2][kThreads];
-  };
-  using Local = Nothing;
-
-  FakeQuantTable<n_items> table;  // first_unit counts the blocks of this launch
-
-  HQOD_HD static int lanes_of(int64_t blocks) {
-    int lanes = 1;
-    while (lanes < kThreads && lanes < blocks) lanes *= 2;
-    return lanes;
-  }
-
-  template <int phase>
-  HQOD_HD void run(int64_t block, int thread, Shared& shared, Local&) const {
-    const FakeQuantItem& item = table.items[find_item(table, static_cast<uint32_t>(block))];
-    const FakeQuantCall& call = item.call;
-    const int lanes = lanes_of(item.layout.blocks), width = kThreads / lanes;
-    const int column = thread % width, lane = thread / width;
-    const int64_t channel = (block - item.first_unit) * width + column;
-    for (int which = 0; which < 2; ++which) {
-      void* gradient = which == 0 ? call.d_scale : call.d_zero_point;
-      const void* sums = which == 0 ? call.scale_sums : call.zero_point_sums;
-      const Dtype dtype = call.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-      if (gradient == nullptr || channel >= call.channels) continue;
-      if constexpr (phase == 0) {
-        double sum = 0;
-        for (int64_t b = lane; b < item.layout.blocks; b += lanes) {
-          sum += read_one<double>(dtype, sums, b * call.channels + channel);
-        }
-        shared.sums[which][thread] = sum;
-      } else if (lane == 0) {
-        double sum = 0;
-        for (int i = 0; i < lanes; ++i) sum += shared.sums[which][i * width + column];
-        write_one(call.param_dtype, gradient, channel, sum * call.factor);
       }
     }
   }

@@ -1,5 +1,6 @@
-// The kernels of every loss: a thread a sample, a block a chunk, gradients recomputed from the
-// inputs. A reduced loss of more than one chunk needs a second, small kernel for its partial sums.
+// The kernels of every loss: a thread a sample, a block a chunk of as many samples as it has
+// threads, gradients recomputed from the inputs. A reduced loss of more than one chunk needs a
+// second, small kernel for its partial sums.
 #pragma once
 
 #include "kernels/cuda/launch.h"
@@ -12,11 +13,11 @@ HQOD_MATH_BEGIN
 
 template <typename S, typename T>
 HQOD_HD Box<T> load_box_of(const void* from, int64_t i) {
-  const S* at = static_cast<const S*>(from) + 4 * i;
   Pack<S, 4> p;
   if (is_aligned(from, alignof(Pack<S, 4>))) {
-    p = *reinterpret_cast<const Pack<S, 4>*>(at);
+    p = load_pack<Pack<S, 4>>(from, i);
   } else {
+    const S* at = static_cast<const S*>(from) + 4 * i;
     p = {{at[0], at[1], at[2], at[3]}};
   }
   return {static_cast<T>(widen(p.v[0])), static_cast<T>(widen(p.v[1])),
@@ -30,7 +31,7 @@ HQOD_HD void store_box_of(void* to, int64_t i, const Box<T>& box) {
   narrow(box.y1, p.v[1]);
   narrow(box.x2, p.v[2]);
   narrow(box.y2, p.v[3]);
-  static_cast<Pack<S, 4>*>(to)[i] = p;  // a new tensor, so aligned
+  store_pack(p, to, i);  // a new tensor, so aligned
 }
 
 template <typename T>
@@ -66,6 +67,7 @@ struct LossKernel {
   using T = typename Formula::Type;
   using Inputs = typename Formula::template Inputs<1>;
   static constexpr int kThreads = hqod::kThreads, kBlocks = 1, kPhases = 3;
+  static_assert(kThreads == kCudaLossChunk);
   struct Shared {
     double values[kThreads], groups[kGroups];
   };
@@ -111,15 +113,13 @@ struct LossKernel {
   template <int phase>
   HQOD_HD void run(int64_t block, int thread, Shared& shared, Local&) const {
     if constexpr (phase == 0) {
-      const int64_t first = block * kLossChunk;
-      const int64_t end = first + kLossChunk < call.count ? first + kLossChunk : call.count;
-      double sum = 0;
-      for (int64_t i = first + thread; i < end; i += kThreads) {
-        const T loss = sample(i);
+      const int64_t i = block * kThreads + thread;
+      T loss = T(0);
+      if (i < call.count) {
+        loss = sample(i);
         if (call.loss != nullptr) static_cast<T*>(call.loss)[i] = loss;
-        sum += loss;
       }
-      shared.values[thread] = sum;
+      shared.values[thread] = loss;
     } else if (call.total == nullptr) {
       return;
     } else if constexpr (phase == 1) {
@@ -165,7 +165,7 @@ struct LossTotalKernel {
 
 template <typename Formula>
 void launch_loss(const Formula& formula, const LossCall& call, bool backward, Stream stream) {
-  const int64_t chunks = loss_chunks(call);
+  const int64_t chunks = cuda_loss_chunks(call);
   const bool single = call.total != nullptr && chunks == 1;
   const auto start = [&]<Pass pass>() {
     launch(LossKernel<Formula, pass>{formula, call, single}, chunks, stream);

@@ -7,7 +7,15 @@
 
 namespace hqod {
 
-// One chunk of kLossChunk samples a block. A total over several chunks needs call.partial_sums, and
+// Samples of a block, one a thread: few, so that a detector's some thousands are spread over the
+// device.
+inline constexpr int64_t kCudaLossChunk = 256;
+
+inline int64_t cuda_loss_chunks(const LossCall& call) {
+  return (call.count + kCudaLossChunk - 1) / kCudaLossChunk;
+}
+
+// One chunk a block. A total over several chunks needs call.partial_sums, and
 // cuda_loss_total afterwards.
 #define HQOD_DECLARE_CUDA_LOSS(name) \
   void cuda_##name(const LossCall& call, bool backward, Stream stream);
