@@ -2,6 +2,7 @@
 
 from hqod_ops._debug import debug
 from hqod_ops._loader import build_info
+from hqod_ops._loader import check_environment as check_environment
 from hqod_ops._version import __version__
 from hqod_ops.functional import (
     aligned_box_iou,

@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         int: exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
     """
-    from hqod_ops._loader import check_environment
+    from hqod_ops import check_environment
     from hqod_ops.detection.data import DataError
     from hqod_ops.training import ConfigError, WorkerError
 
