@@ -75,6 +75,11 @@ def track_calls(model: nn.Module) -> Runtime:
 
 
 def _before_forward(model: nn.Module, args: Any) -> None:
+    if model.__dict__.get("_is_replica"):
+        raise RuntimeError(
+            "model: nn.DataParallel's copies share the quantizers' state with their original; use "
+            "nn.parallel.DistributedDataParallel (torchrun), one process for each GPU"
+        )
     state: Runtime = model.__dict__[_KEY]
     for module in state.counting:
         module.reset_level()

@@ -190,3 +190,14 @@ def test_a_layer_that_is_a_formula_is_not_planned() -> None:
     model["frozen"].requires_grad_(False)
     plan = plan_qat(model, QATConfig(4, 4), first=(), prediction=())
     assert list(plan) == ["frozen", "fc"]
+
+
+def test_data_parallel_copies_are_refused() -> None:
+    """nn.DataParallel: a copy would train with the weights and counters of its original."""
+    model = prepare_qat(
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)),
+        QATConfig(4, 4, first="0", prediction="2"),
+    )
+    copy = model._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        copy(torch.zeros(1, 3, 4, 4))
