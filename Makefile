@@ -4,7 +4,7 @@
 #   PYTHON=python3.12      the interpreter
 #   TORCH=2.13.0           the torch: a version, or pip requirements; without torchvision among them,
 #                          as here, the detectors and their libraries are left out
-#   TORCHES="2.10.0 2.13.0"   the torches of test-torch
+#   TORCHES="2.10.0 2.14.1"   the torches of test-torch
 #   JOBS=2                 how many tests run at a time (the number of cores, but at most 8)
 #   MATRIX="python3.10:torch==2.10.0,torchvision==0.25.0 python3.13:torch==2.14.1"
 #                          the environments of test-matrix; TABLE= the file for its table
@@ -22,7 +22,7 @@ MAKEFLAGS += --no-print-directory
 DEFAULT_TORCH := torch==2.11.0 torchvision==0.26.0
 PYTHON ?= python3
 TORCH ?= $(DEFAULT_TORCH)
-TORCHES ?= 2.13.0
+TORCHES ?= 2.14.1
 MATRIX ?= $(PYTHON):torch==2.13.0
 TABLE ?= /dev/null
 PY ?= python3
