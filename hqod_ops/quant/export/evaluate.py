@@ -69,6 +69,18 @@ class OnnxRuntime:
         return outputs
 
 
+@functools.cache
+def _openvino_core() -> Any:
+    """The one of this process, which stays.
+
+    The CPU plugin of a core gives the thread another stack for signals, and frees it when the core
+    goes. Where two cores go in the order in which they came, the thread is left with the first
+    one's, freed: the next signal with a handler, such as that of a child which ends, kills the
+    process.
+    """
+    return require("openvino").Core()
+
+
 class OpenVINO:
     """OpenVINO on the CPU, in float32 where a model is not quantized.
 
@@ -82,7 +94,7 @@ class OpenVINO:
     def __init__(self, model: bytes | str) -> None:
         openvino = require("openvino")
         self.name = f"openvino {openvino.__version__.partition('-')[0]}"
-        core = openvino.Core()
+        core = _openvino_core()
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +165,26 @@ def test_a_shared_weight_gets_the_scales_of_every_norm(tmp_path: Path) -> None:
             assert np.linalg.norm(ours - theirs.numpy()) < 0.01 * np.linalg.norm(ours)
 
 
+OVERLAPPING = """
+import os, signal
+from hqod_ops.quant.export.evaluate import OpenVINO
+
+signal.signal(signal.SIGCHLD, lambda *_: None)
+first, second = OpenVINO({path!r}), OpenVINO({path!r})
+del first
+del second
+os.kill(os.getpid(), signal.SIGCHLD)
+"""
+"""Two files in OpenVINO, of which the first goes before the second: a signal after it is survived
+only where they share a core."""
+
+
 @pytest.mark.require("openvino")
 def test_openvino_checks_its_files(tmp_path: Path) -> None:
     report = export_onnx(prepared(4), EXAMPLE, tmp_path / "m.onnx", target="openvino")
     assert report.evaluator.startswith("openvino ") and report.steps <= 1
+    code = OVERLAPPING.format(path=str(report.path))
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_what_tensorrt_cannot_express(tmp_path: Path) -> None:
