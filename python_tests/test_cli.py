@@ -20,7 +20,8 @@ pytest.importorskip("pycocotools")
 import hqod_ops
 from hqod_ops.cli import BAD_INPUT, FAILED, INTERRUPTED, main
 from hqod_ops.detection.data import DigitScenes, write_coco
-from hqod_ops.training.files import read_checkpoint
+from hqod_ops.training import ConfigError
+from hqod_ops.training.files import locked, read_checkpoint
 from hqod_ops.training.trainer import Trainer
 
 TINY = [
@@ -93,6 +94,16 @@ def test_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["report", str(runs), "--output", str(again)]) == BAD_INPUT
     assert f"{data}: no such folder" in _one_line(capsys)
     assert {path.name for path in again.iterdir()} == {"harmony.png", "report.json", "report.md"}
+    # A run goes on with them where they are now, but not with others.
+    resume = ["--resume", "--name", "fp32", "--data"]
+    assert _train(runs, *resume, str(tmp_path / "elsewhere")) == 0
+    for split, images in (("train", 9), ("val", 3)):
+        write_coco(DigitScenes(split, num_images=images, size=64), tmp_path / "other", split)
+    capsys.readouterr()
+    assert _train(runs, *resume, str(tmp_path / "other")) == BAD_INPUT
+    assert "data.source: expected the 8 training images" in _one_line(capsys)
+    assert _train(runs, *resume, "digits") == BAD_INPUT
+    assert "cannot resume: data.source was" in _one_line(capsys)
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +184,10 @@ def test_nothing_to_resume(
         (["--set", "data.colour=1"], "data.colour: no such setting"),
         (["--set", "data.test_split=evening"], "data.test_split: expected one of 'train'"),
         (["--set", "data.train_images=3000000000"], "data.train_images: expected a value in [1"),
-        (["--device", "toaster"], "device: cannot use 'toaster'"),
+        (
+            ["--device", "toaster"],
+            "device: cannot use 'toaster': expected a device of torch, such as",
+        ),
         (["--device", "meta"], "device: cannot use 'meta'"),
         (["--lr", "nan"], "schedule.lr: expected float >= 0.0, got nan"),
         (["--seed", "99999999999999999999"], "seed: expected int <= 4294967295, got 99"),
@@ -271,7 +285,39 @@ sys.exit(main(["info"]))
     assert "torchvision" in done.stdout
 
 
-@pytest.mark.parametrize("argv", [[], ["fly"], ["train", "--epochs", "0"]])
+def test_nothing_to_do_is_a_question(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert capsys.readouterr().out.startswith("usage: hqod")
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"hqod_ops {hqod_ops.__version__}\n"
+
+
+def test_debug_shows_where(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a checkpoint"):
+        main(["--debug", "eval", str(tmp_path / "none.pt")])
+
+
+def test_one_run_is_trained_by_one_process(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / "run"):
+        assert _train(tmp_path, "--name", "run") == BAD_INPUT
+    assert "another process is training this run" in _one_line(capsys)
+    assert not list((tmp_path / "run").iterdir())
+    assert _train(tmp_path, "--name", "run") == 0
+
+
+@pytest.mark.parametrize("name", ["", ".", "../run", "/run", "a/../../run"])
+def test_a_name_stays_below(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert _train(tmp_path / "runs", "--name", name) == BAD_INPUT
+    assert "name: expected a directory below that of all runs" in _one_line(capsys)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("argv", [["fly"], ["train", "--epochs", "0"]])
 def test_wrong_usage(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(argv)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hqod_ops._version import __version__
 from hqod_ops.cli.options import bits_or_float, positive
 from hqod_ops.cli.tuning import add_tuning
 
@@ -224,7 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hqod", description="Train, quantize and evaluate detectors with the HQOD losses."
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.add_argument("--version", action="version", version=f"hqod_ops {__version__}")
+    parser.add_argument("--debug", action="store_true", help="an error with its traceback")
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     def command(
         name: str, run: Callable[[argparse.Namespace], int], summary: str
@@ -341,7 +344,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hqod_ops.detection.data import DataError
     from hqod_ops.training import ConfigError, WorkerError
 
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if "command" not in arguments:
+        parser.print_help()
+        return 0
     if getattr(arguments, "threads", None):
         import torch
 
@@ -355,17 +362,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:  # under torchrun, all processes are stopped
             print(f"hqod: interrupted{where}{arguments.hint}", file=sys.stderr, flush=True)
         return 128 + int(getattr(stop, "signum", signal.SIGINT))
-    except ModuleNotFoundError as error:
+    except (ConfigError, DataError, ImportError, OSError, FloatingPointError, WorkerError) as error:
+        if arguments.debug:
+            raise
+        return _explained(error, arguments.hint)
+
+
+def _explained(error: Exception, hint: str) -> int:
+    """Print an error as one line; its exit code."""
+    from hqod_ops.training import WorkerError
+
+    if isinstance(error, ModuleNotFoundError):
         print(f'hqod: {error}: pip install "hqod_ops[detection]"', file=sys.stderr)
         return BAD_INPUT
-    except (ConfigError, DataError, ImportError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = arguments.hint if full else ""
-        print(f"hqod: {' '.join(str(error).split())}{hint}", file=sys.stderr)
-        return BAD_INPUT
-    except FloatingPointError as error:
-        print(f"hqod: {error}", file=sys.stderr)
+    if isinstance(error, (FloatingPointError, WorkerError)):
+        print(f"hqod: {error}{hint if isinstance(error, WorkerError) else ''}", file=sys.stderr)
         return FAILED
-    except WorkerError as error:
-        print(f"hqod: {error}{arguments.hint}", file=sys.stderr)
-        return FAILED
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    print(f"hqod: {' '.join(str(error).split())}{hint if full else ''}", file=sys.stderr)
+    return BAD_INPUT

@@ -64,6 +64,8 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).partition("\n")[0]
+        if first.startswith("Expected one of "):  # two dozen backends, most of them not built in
+            first = 'expected a device of torch, such as "cpu", "cuda" or "cuda:1"'
         raise ConfigError(f"device: cannot use {name!r}: {first}") from None
     if device.type == "meta":
         raise ConfigError(f"device: cannot use {name!r}: it computes no values")

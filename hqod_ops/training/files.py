@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -59,6 +61,29 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
         part.unlink(missing_ok=True)
         error.filename = str(path)  # a failed write names no file
         raise
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """The directory of a run for this process alone, until it ends or is killed.
+
+    Where the file system knows no locks, nothing is locked.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    held = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise ConfigError(f"{directory}: another process is training this run") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(held)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hqod_ops.detection.data import DetectionDataset
 from hqod_ops.training import ConfigError
 from hqod_ops.training.build import build_model, choose_device, load_float, quantize, set_scales
 from hqod_ops.training.data import check_categories, described, open_data, settled
@@ -19,6 +21,7 @@ from hqod_ops.training.files import (
     CONFIG,
     HARMONY,
     RESULT,
+    locked,
     read_checkpoint,
     saved_settings,
     write_json,
@@ -46,7 +49,8 @@ class Run:
 
     Raises:
         ConfigError: a setting is out of its range; the directory holds a run already (without
-            resume) or one with other settings (with resume).
+            resume) or one with other settings (with resume; the folder of the images may be
+            another one).
 
     Example:
         >>> from pathlib import Path
@@ -58,7 +62,8 @@ class Run:
 
     def __init__(self, config: RunConfig, runs: Path, *, resume: bool = False) -> None:
         # Read again, since settings made in Python were not checked yet.
-        config, self.directory = from_dict(to_dict(config)), runs / config.name
+        config = from_dict(to_dict(config))
+        self.directory = runs / _below(config.name)
         self.config = replace(config, data=settled(config.data))
         self._state: dict[str, Any] | None = None
         checkpoint = self.directory / CHECKPOINT
@@ -82,7 +87,9 @@ class Run:
     def _check_same(self, saved: Mapping[str, Any]) -> None:
         self._take_sizes(saved)
         before, now = (dict(_flat(to_dict(c))) for c in (from_dict(saved), self.config))
-        for name in now.keys() - _MAY_CHANGE:
+        drawn = "digits" in (before.get("data.source"), now["data.source"])
+        may_change = _MAY_CHANGE if drawn else _MAY_CHANGE | {"data.source"}  # a folder moves
+        for name in now.keys() - may_change:
             if before.get(name) != now[name]:
                 raise ConfigError(
                     f"{self.directory}: cannot resume: {name} was {before.get(name)!r} and is now "
@@ -103,18 +110,20 @@ class Run:
             dict: the metrics, ``seconds`` of training, ``epochs``, ``parameters``.
 
         Raises:
-            ValueError: data or settings cannot be used; the message is one line.
+            ValueError: data or settings cannot be used, or another process is training this run;
+                the message is one line.
             Interrupted: Ctrl-C or SIGTERM; the run can be resumed.
         """
         device = choose_device(self.config.device)
-        with processes(self.config.engine, device):
+        self.directory.mkdir(parents=True, exist_ok=True)
+        alone = locked(self.directory) if rank() == 0 else nullcontext()
+        with alone, processes(self.config.engine, device):
             return self._train(device, progress, say if rank() == 0 else None)
 
     def _train(
         self, device: torch.device, progress: bool, say: Callable[[str], object] | None
     ) -> dict[str, Any]:
         # First of all: a run that is stopped before its first checkpoint is resumed by this file.
-        self.directory.mkdir(parents=True, exist_ok=True)
         self._save_settings()
         torch.manual_seed(self.config.seed)
         if self.config.init and self._state is None:
@@ -129,6 +138,8 @@ class Run:
         check_categories(
             "data.test_split", "of data.train_split", dataset.categories, test.categories
         )
+        if self._state is not None:
+            self._check_images(dataset)
         if say is not None:
             say(described(dataset, test))
         model = build_model(config, len(dataset.categories)).to(device)
@@ -161,9 +172,32 @@ class Run:
             write_json(self.directory / RESULT, known)
         return result
 
+    def _check_images(self, dataset: DetectionDataset) -> None:
+        """The images that were moved are still those of the checkpoint."""
+        assert self._state is not None
+        owner = f"that {self.directory} was trained on"
+        check_categories("data.source", owner, self._state["categories"], dataset.categories)
+        count = self._state.get("images", len(dataset))  # earlier versions do not say it
+        if count != len(dataset):
+            raise ConfigError(
+                f"data.source: expected the {count} training images {owner}, got {len(dataset)}"
+            )
+
     def _save_settings(self) -> None:
         if rank() == 0:
             write_json(self.directory / CONFIG, to_dict(self.config))
+
+
+def _below(name: str) -> str:
+    """The name of a run, which is a directory below that of all runs.
+
+    Raises:
+        ConfigError: it is that directory itself, or leads out of it.
+    """
+    path = Path(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ConfigError(f"name: expected a directory below that of all runs, got {name!r}")
+    return name
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

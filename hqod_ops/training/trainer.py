@@ -133,6 +133,7 @@ class Trainer:
             "config": to_dict(self.config),
             "categories": list(self.dataset.categories),
             "image": list(image_shape(self.dataset)),
+            "images": len(self.dataset),
             "epoch": self.epoch,
             "step": self.done,
             "so_far": {"lr": self._rate, "seconds": self._seconds, "terms": self._sums},
