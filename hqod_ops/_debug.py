@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,9 @@ def debug(enabled: bool = True) -> None:
     """Switch the checks of values on or off, for every op and thread of the process.
 
     With them on, an op raises ValueError when a box, a score or an IoU is not finite, when a box
-    has x2 < x1 or y2 < y1, when a scale is not positive and finite, and when a zero point lies
-    outside of the codes. They read values back from the device, so they are off by default, and
+    has x2 < x1 or y2 < y1, when a score that is not a logit lies outside of [0, 1], when a divisor
+    of a mean or a scale is not positive and finite, and when a zero point lies outside of the
+    codes. They read values back from the device, so they are off by default, and
     they are skipped inside ``torch.compile``.
 
     Args:
@@ -60,6 +63,23 @@ def finite(name: str, values: Tensor | None) -> None:
     good = values.isfinite()
     if not good.all():
         _fail(name, "finite values", values, ~good)
+
+
+def scores(values: Tensor, logits: bool) -> None:
+    """Finite values, and probabilities unless they are logits."""
+    finite("scores", values)
+    good = (values >= 0) & (values <= 1)
+    if not (logits or good.all()):
+        _fail("scores", "values in [0, 1] (did you mean logits=True?)", values, ~good)
+
+
+def average(samples: int, avg_factor: float | Tensor | None) -> None:
+    """A positive finite divisor, where there is something to divide."""
+    if avg_factor is None or not samples:
+        return
+    value = float(avg_factor)
+    if not 0 < value < math.inf:
+        raise ValueError(f"avg_factor: expected a positive finite value, got {value}")
 
 
 def quantized(x: Tensor, scale: Tensor, zero_point: Tensor | None, codes: tuple[int, int]) -> None:

@@ -253,7 +253,7 @@ def tcorr_loss(
     checks.choice("variant", variant, checks.VARIANTS)
     checks.choice("reduction", reduction, checks.REDUCTIONS)
     if _debug.active():
-        _debug.finite("scores", scores)
+        _debug.scores(scores, logits)
         _debug.finite("ious", ious)
         _debug.finite("weight", weight)
     if weight is not None and weight.requires_grad:
@@ -337,8 +337,9 @@ def hqod_loss(
     if _debug.active():
         _debug.boxes("pred", pred)
         _debug.boxes("target", target)
-        _debug.finite("scores", scores)
+        _debug.scores(scores, logits)
         _debug.finite("weight", weight)
+        _debug.average(len(pred), avg_factor)
     terms = (pred, target, scores, logits, alpha, gamma, variant, hiou_weight, tcorr_weight)
     if weight is not None and weight.requires_grad:  # the rest is left to autograd
         loss = _backend().hqod_loss(*terms, None, None, "none")

@@ -315,6 +315,15 @@ DEBUG_CASES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "hqod target": (lambda: hqod_loss(B, boxes_with(-INF, 0), P), ("target", "-inf")),
     "hqod scores": (lambda: hqod_loss(B, B, P.new_tensor([0, 1, NAN])), ("scores", "index 2")),
     "tcorr scores": (lambda: tcorr_loss(P.new_tensor([NAN]), P[:1]), ("scores", "finite", "nan")),
+    "tcorr logits": (
+        lambda: tcorr_loss(P.new_tensor([1, 1.7]), P[:2] * 0 + 1),
+        ("scores: expected values in [0, 1] (did you mean logits=True?)", "1.7", "index 1"),
+    ),
+    "hqod logits": (lambda: hqod_loss(B, B, P - 1), ("scores", "did you mean logits=True?")),
+    "avg_factor": (
+        lambda: hqod_loss(B, B, P, avg_factor=0),
+        ("avg_factor: expected a positive finite value, got 0.0",),
+    ),
     "tcorr ious": (lambda: tcorr_loss(P[:1], P.new_tensor([INF])), ("ious", "inf")),
     "scale 0": (lambda: fake_quant(X, S * 0, **W4), ("scale", "positive", "0.0")),
     "scale negative": (lambda: fake_quant(X, C.neg(), ch_axis=1, **W4), ("scale", "index 0")),
@@ -354,6 +363,8 @@ def test_debug_lets_good_input_pass() -> None:
     aligned_box_iou(B, B)
     aligned_box_iou(B[:0], B[:0])
     hqod_loss(B, B, P, logits=True)
+    hqod_loss(B, B, P - 1, logits=True, avg_factor=2)
+    hqod_loss(B[:0], B[:0], P[:0], avg_factor=P.new_tensor(0))
     tcorr_loss(P, P)
     fake_quant(X, C, ch_axis=1, **W4)
     fake_quant_foreach([X, X], [S, S], **W4)
