@@ -17,6 +17,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +136,15 @@ def _machine(args: argparse.Namespace) -> dict[str, object]:
     return {**machine.describe(), "clock": "cpu" if args.cpu_time else "wall"}
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure what the arguments select, on the CPU."""
+def run(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Measure what the arguments select, on the CPU: the blocks of each entry."""
     selected = _selected(args)
     effort = QUICK if args.quick else FULL
     clock = time.thread_time_ns if args.cpu_time else time.perf_counter_ns
-    blocks = []
     total = sum(len(phases) for _, phases in selected) * len(args.threads)
     with progress(total) as step:
         for entry, phases in selected:
-            inputs = entry.setup()
+            inputs, blocks = entry.setup(), []
             for phase in phases:
                 for count in args.threads:
                     step(f"{entry.name} {phase}, {count} thread{'s' * (count > 1)}")
@@ -159,25 +159,24 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                         with_memory=count == args.threads[0],
                     )
                     blocks.append(block)
-    return blocks
+            yield blocks
 
 
-def run_on_gpu(args: argparse.Namespace, device: gpu.Gpu) -> list[dict[str, Any]]:
-    """Measure what the arguments select, on a GPU."""
+def run_on_gpu(args: argparse.Namespace, device: gpu.Gpu) -> Iterator[list[dict[str, Any]]]:
+    """Measure what the arguments select, on a GPU: the blocks of each entry."""
     selected = _selected(args)
     effort = gpu.QUICK if args.quick else gpu.FULL
-    blocks = []
     with progress(sum(len(phases) for _, phases in selected)) as step:
         for entry, phases in selected:
             sets = gpu.copies(entry.setup(), device.device, device.cache_bytes)
-            made = None
+            made, blocks = None, []
             if entry.compiled is not None and not args.no_compile and phases != ["F"]:
                 with device.working():
                     made = gpu.compiled(entry.compiled, sets[0])
             for phase in phases:
                 step(f"{entry.name} {phase}")
                 blocks += gpu.measure(entry, phase, sets, device, effort, made)
-    return blocks
+            yield blocks
 
 
 def _earlier(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
@@ -194,6 +193,11 @@ def _earlier(path: Path, now: dict[str, Any]) -> list[dict[str, Any]]:
         raise UpdateError(f"--update: {path} was measured under other conditions: {apart[0]}")
     blocks: list[dict[str, Any]] = old["blocks"]
     return blocks
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _show(result: dict[str, Any], as_markdown: bool) -> None:
@@ -242,18 +246,19 @@ def main(argv: list[str] | None = None) -> int:
     partial = args.quick or args.filter or args.no_compile or args.cpu_time
     folder = PARTIAL_RESULTS if partial else RESULTS
     path = args.output or folder / machine.file_name(described)
+    result: dict[str, Any] = {"machine": described, "blocks": []}
     try:
         earlier = _earlier(path, described) if args.update else []
-        blocks = run_on_gpu(args, gpu.Gpu()) if args.device == "cuda" else run(args)
+        blocks: list[dict[str, Any]] = []
+        for found in run_on_gpu(args, gpu.Gpu()) if args.device == "cuda" else run(args):
+            blocks += found
+            measured = {key(block) for block in blocks}
+            result["blocks"] = [b for b in earlier if key(b) not in measured] + blocks
+            _write(path, result)  # each time, so that what was measured stays
     except (UpdateError, DisagreementError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    measured = {key(block) for block in blocks}
-    blocks = [block for block in earlier if key(block) not in measured] + blocks
-    result: dict[str, Any] = {"machine": described, "blocks": blocks}
     _show(result, as_markdown=args.markdown is not None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")
     return 0 if args.compare is None else _compare(args.compare, result, args.markdown is not None)
 

@@ -103,6 +103,7 @@ def _harmonious(n: int) -> Entry:
         traffic={"F": n * 2 * BOX, "FB": n * 3 * BOX},
         memory_unit=("B/box", n),
         goals={("FB", "torchvision GIoU"): 15},
+        waiting=frozenset({"torchvision GIoU"}),
     )
 
 

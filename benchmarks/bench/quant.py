@@ -31,7 +31,8 @@ def make_pair(
     """A tensor and its scale as LSQ starts it, a few elements of it clipped.
 
     Elements near a rounding tie or within half a step beyond the range are moved: there the peers
-    differ by a step, rightly, and nothing else could be compared.
+    differ by a step, rightly, and nothing else could be compared. So are those just below its upper
+    end, which bfloat16 would round to beyond it.
     """
     low, high = limits
     x = torch.randn(shape, generator=generator)
@@ -45,7 +46,7 @@ def make_pair(
     code = x.div_(scale.reshape(along))
     whole = code.round()
     code = (code - whole).clamp_(-0.45, 0.45).add_(whole)
-    code = torch.where((code > high) & (code < high + 1), high - 0.3, code)
+    code = torch.where((code > high - 0.1) & (code < high + 1), high - 0.3, code)
     code = torch.where((code < low) & (code > low - 1), low + 0.3, code)
     return code.mul_(scale.reshape(along)), scale
 

@@ -1,6 +1,6 @@
 // The kernels of every loss: a thread a sample, a block a chunk of as many samples as it has
-// threads, gradients recomputed from the inputs. A reduced loss of more than one chunk needs a
-// second, small kernel for its partial sums.
+// threads, gradients recomputed from the inputs. A reduced loss of few samples is one block's,
+// which goes over them; one of more needs a second, small kernel for its partial sums.
 #pragma once
 
 #include "kernels/cuda/launch.h"
@@ -113,13 +113,16 @@ struct LossKernel {
   template <int phase>
   HQOD_HD void run(int64_t block, int thread, Shared& shared, Local&) const {
     if constexpr (phase == 0) {
-      const int64_t i = block * kThreads + thread;
-      T loss = T(0);
-      if (i < call.count) {
-        loss = sample(i);
+      const int64_t first = block * kThreads, after = single ? call.count : first + kThreads;
+      const int64_t end = after < call.count ? after : call.count;
+      double sum = 0;
+      HQOD_ROLL
+      for (int64_t i = first + thread; i < end; i += kThreads) {
+        const T loss = sample(i);
         if (call.loss != nullptr) static_cast<T*>(call.loss)[i] = loss;
+        sum += loss;
       }
-      shared.values[thread] = loss;
+      shared.values[thread] = sum;
     } else if (call.total == nullptr) {
       return;
     } else if constexpr (phase == 1) {
