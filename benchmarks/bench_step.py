@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,28 +43,28 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         default="both",
         help="mixed precision: float16 on a GPU, bfloat16 on the CPU; default: both",
     )
+    parser.add_argument("--steps", metavar="N", type=int, help="rounds that are timed")
     parser.add_argument("--output", metavar="PATH", type=Path, help="the result file to write")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no CUDA device")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps: expected at least 1, got {args.steps}")
     return args
 
 
 def run(
     settings: step.Settings, device: torch.device, amps: tuple[bool, ...]
-) -> tuple[list[dict[str, Any]], str]:
+) -> Iterator[tuple[list[dict[str, Any]], str]]:
     """Every variant, with and without mixed precision: the entries, and the profiler's tables."""
-    found, profiles = [], []
     with progress(len(amps) * (len(step.VARIANTS) + settings.steps)) as said:
         for amp in amps:
             entries, tables_of = step.measure(settings, device, amp, said=said)
-            found += entries
-            for variant, text in tables_of.items():
-                profiles.append(f"{variant}{', mixed precision' if amp else ''}\n\n{text}")
+            mixed = ", mixed precision" if amp else ""
+            yield entries, "\n".join(f"{v}{mixed}\n\n{text}" for v, text in tables_of.items())
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return found, "\n".join(profiles)
 
 
 def table(entries: list[dict[str, Any]]) -> tables.Table:
@@ -95,18 +96,24 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     on_gpu = args.device == "cuda"
     settings = step.QUICK if args.quick else step.FULL if on_gpu else step.SMALL
+    if args.steps is not None:
+        settings = dataclasses.replace(settings, steps=args.steps)
     torch.backends.cudnn.benchmark = True
     amps = {"off": (False,), "on": (True,), "both": (False, True)}[args.amp]
-    entries, profiles = run(settings, torch.device(args.device), amps)
     described = machine.describe(args.device)
-    result = {"machine": described, "settings": dataclasses.asdict(settings), "steps": entries}
-    tables.show(table(entries))
     folder = PARTIAL_RESULTS if args.quick or args.amp != "both" else RESULTS
     name = Path(machine.file_name(described)).stem
     path = args.output or folder / f"{name}-step.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".txt").write_text(profiles, encoding="utf-8")
+    entries: list[dict[str, Any]] = []
+    profiles: list[str] = []
+    for found, profiled in run(settings, torch.device(args.device), amps):
+        entries += found
+        profiles.append(profiled)  # written each time, so that what was measured stays
+        result = {"machine": described, "settings": dataclasses.asdict(settings), "steps": entries}
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        path.with_suffix(".txt").write_text("\n".join(profiles), encoding="utf-8")
+    tables.show(table(entries))
     print(f"written: {path} and {path.with_suffix('.txt').name}")
     return 0
 

@@ -1,4 +1,4 @@
-"""A progress bar on standard error: rich where it is installed, else a line for every block."""
+"""Progress on standard error: a bar where rich is installed and somebody watches, else lines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from contextlib import contextmanager
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
     """Yields a function to call with what comes next, ``total`` times in all."""
+    if not sys.stderr.isatty():  # a bar would leave nothing in a log before its end
+        yield _lines(total)
+        return
     try:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
@@ -38,6 +41,10 @@ def _lines(total: int) -> Callable[[str], None]:
     def step(text: str) -> None:
         nonlocal done
         done += 1
-        print(f"[{done}/{total}, {time.monotonic() - start:.0f} s] {text}", file=sys.stderr)
+        print(
+            f"[{done}/{total}, {time.monotonic() - start:.0f} s] {text}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     return step

@@ -20,22 +20,27 @@ inline int64_t cuda_vector(const FakeQuantCall& call, bool rows) {
   return call.dtype == Dtype::kFloat32 || !rows ? 4 : 8;
 }
 
-// A block works on one unit: four accesses a thread in a row, more where that leaves work enough
-// for the whole device; in a tile one access a thread at each of as many steps as keep partial sums
-// below a thirtieth of the tensor, and more likewise.
+// A block works on one unit: four accesses a thread in a row, fewer where the device would not be
+// full, more where that leaves work enough for it, or where a row, as of a weight, then is one
+// unit, whose sum is its gradient; in a tile one access a thread at each of as many steps as keep
+// partial sums below a thirtieth of the tensor, and more likewise.
 inline FakeQuantLayout cuda_layout(const FakeQuantCall& call) {
   constexpr int64_t kThreads = 256, kEnoughUnits = 1024, kMostElements = 64;
+  constexpr int64_t kFewUnits = 384, kManyRows = 128;
   const int64_t size = call.dtype == Dtype::kFloat64 ? 8 : call.dtype == Dtype::kFloat32 ? 4 : 2;
   const int64_t vector = cuda_vector(call, false), stretch = kThreads * vector;
   const int64_t at_once = cuda_steps_at_once(call.inner);
   const int64_t in_row = cuda_vector(call, true), access = kThreads * in_row;
   const int64_t numel = call.outer * call.channels * call.inner;
-  const int64_t accesses =
-      std::clamp<int64_t>(numel / (2 * kEnoughUnits * access), 4, kMostElements / in_row);
+  const int64_t fewest = std::clamp<int64_t>(ceil_div(numel, kFewUnits * access), 1, 4);
+  const int64_t most_accesses = kMostElements / in_row, row_accesses = ceil_div(call.inner, access);
+  int64_t accesses = std::clamp(numel / (2 * kEnoughUnits * access), fewest, most_accesses);
+  const bool one_step = call.outer == 1, whole = one_step && call.channels >= kManyRows;
+  if (whole && row_accesses <= most_accesses) accesses = std::max(accesses, row_accesses);
   FakeQuantTuning tuning{.unit = accesses * access,
                          .tile = stretch / at_once,
                          .tile_steps = 1,
-                         .row_min = stretch + 1,
+                         .row_min = (one_step ? stretch / 2 : stretch) + 1,  // a tile has one row
                          .vector = vector};
   const FakeQuantLayout layout = fake_quant_layout(call.outer, call.channels, call.inner, tuning);
   if (layout.numel == 0) return layout;

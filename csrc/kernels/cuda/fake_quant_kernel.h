@@ -62,9 +62,11 @@ struct FakeQuantKernel {
   static constexpr int kRowN = 16 / sizeof(S), kTileN = kRowN < 4 ? kRowN : 4;
   using RowPlaces = Places<S, kRowN>;
   using TilePlaces = Places<S, kTileN>;
-  static constexpr int kThreads = kFakeQuantThreads, kPhases = backward ? 3 : 1;
-  static constexpr int kStretch = kThreads * kTileN, kLanes = 32;
-  static constexpr int kBlocks = 2;
+  static constexpr int kThreads = kFakeQuantThreads, kPhases = backward ? 4 : 1;
+  static constexpr int kStretch = kThreads * kTileN;
+  static constexpr int kLanes = 32,
+                       kFewLanes = 4;  // that add up a channel's sums, at first and then
+  static constexpr int kBlocks = sizeof(S) == 8 ? 2 : backward && sizeof(S) == 2 ? 3 : 4;
   static constexpr int kRowPacks = backward && kRowN == 8 ? 2 : 4;  // loads in flight in a row
   static constexpr int kTilePacks = 2 * kRowN / kTileN;             // loads in flight in a tile
   struct Shared {
@@ -266,7 +268,7 @@ struct FakeQuantKernel {
     }
   }
 
-  // Which of a block's places belong to a channel: place k of channel c is
+  // Which of a tile's places belong to a channel: place k of channel c is
   // (k / inner / periods) span + (k / inner % periods) period + c inner + k % inner.
   struct Segments {
     int channels;  // in the unit
@@ -276,32 +278,32 @@ struct FakeQuantKernel {
 
     HQOD_HD Segments(const FakeQuantItem& item, const FakeQuantUnit& unit) {
       const FakeQuantLayout& l = item.layout;
-      if (l.rows) {
-        channels = periods = 1;
-        count = inner = period = span = kThreads;
-      } else {
-        inner = static_cast<int>(l.inner);
-        channels = static_cast<int>(l.tiles == 1 ? l.channels : unit.width / l.inner);
-        period = channels * inner;
-        periods = static_cast<int>(unit.width) / period;
-        span = kStretch / item.at_once;
-        count = item.at_once * periods * inner;
-      }
+      inner = static_cast<int>(l.inner);
+      channels = static_cast<int>(l.tiles == 1 ? l.channels : unit.width / l.inner);
+      period = channels * inner;
+      periods = static_cast<int>(unit.width) / period;
+      span = kStretch / item.at_once;
+      count = item.at_once * periods * inner;
       lanes = kLanes;
       while (lanes > 1 && lanes * channels > kThreads) lanes /= 2;
     }
 
     HQOD_HD int place(int channel, int k) const {
+      if (k < inner) return channel * inner + k;  // often all of them: no division
       const int row = k / inner;
       return row / periods * span + row % periods * period + channel * inner + k % inner;
     }
   };
 
+  HQOD_HD static void* gradient_of(const FakeQuantItem& item, int which) {
+    return which == 0 ? item.call.d_scale : item.call.d_zero_point;
+  }
+
   HQOD_HD static void emit(const FakeQuantItem& item, const FakeQuantUnit& unit, int channel,
                            int which, double sum) {
     const FakeQuantCall& call = item.call;
     const int64_t c = unit.channel + channel;
-    void* gradient = which == 0 ? call.d_scale : call.d_zero_point;
+    void* gradient = gradient_of(item, which);
     if (gradient == nullptr) return;
     if (item.layout.blocks == 1) {
       write_one(call.param_dtype, gradient, c, sum * call.factor);
@@ -311,39 +313,82 @@ struct FakeQuantKernel {
     }
   }
 
+  // The sums of a row, of a number of places that is known: loads need not wait for one another.
+  template <int phase>
+  HQOD_HD static void add_up_row(const FakeQuantItem& item, const FakeQuantUnit& unit, int thread,
+                                 Shared& shared) {
+    constexpr int before = phase == 1 ? kThreads : phase == 2 ? kLanes : kFewLanes;
+    constexpr int after = phase == 1 ? kLanes : phase == 2 ? kFewLanes : 1;
+    const int which = thread / after, lane = thread % after;
+    if (which > 1 || gradient_of(item, which) == nullptr) return;
+    double sum = 0;
+    HQOD_UNROLL
+    for (int i = 0; i < before / after; ++i) {
+      const int from = lane + i * after;
+      if constexpr (phase == 1) {
+        sum += shared.places[which][from];
+      } else {
+        sum += shared.lanes[which][from];  // none but this thread's, which then writes the first
+      }
+    }
+    if constexpr (phase < 3) {
+      shared.lanes[which][lane] = sum;
+    } else {
+      emit(item, unit, 0, which, sum);
+    }
+  }
+
+  // The sums of a tile's channels, each by as many lanes as there are threads for.
+  template <int phase>
+  HQOD_HD static void add_up_tile(const FakeQuantItem& item, const FakeQuantUnit& unit, int thread,
+                                  Shared& shared) {
+    const Segments segments(item, unit);
+    const int lanes = segments.lanes, lane = thread % lanes, first = thread / lanes;
+    const int few = lanes < kFewLanes ? lanes : kFewLanes;
+    const int after = phase == 1 ? lanes : phase == 2 ? few : 1;
+    if (lane >= after || (phase > 1 && (lanes == 1 || first >= segments.channels))) return;
+    HQOD_ROLL
+    for (int which = 0; which < 2; ++which) {
+      if (gradient_of(item, which) == nullptr) continue;
+      if constexpr (phase == 1) {
+        for (int c = first; c < segments.channels; c += kThreads / lanes) {
+          double sum = 0;
+          for (int k = lane; k < segments.count; k += lanes) {
+            sum += shared.places[which][segments.place(c, k)];
+          }
+          if (lanes == 1) {
+            emit(item, unit, c, which, sum);
+          } else {
+            shared.lanes[which][thread] = sum;
+          }
+        }
+      } else {
+        const int before = phase == 2 ? lanes : few;
+        double sum = 0;
+        for (int i = lane; i < before; i += after) sum += shared.lanes[which][thread - lane + i];
+        if constexpr (phase == 2) {
+          shared.lanes[which][thread] = sum;
+        } else {
+          emit(item, unit, first, which, sum);
+        }
+      }
+    }
+  }
+
   template <int phase>
   HQOD_HD void run(int64_t block, int thread, Shared& shared, Local&) const {
     const FakeQuantItem& item = table.items[find_item(table, static_cast<uint32_t>(block))];
-    const FakeQuantLayout& layout = item.layout;
-    const FakeQuantUnit unit = fake_quant_unit<uint32_t>(layout, block - item.first_unit);
+    const FakeQuantUnit unit = fake_quant_unit<uint32_t>(item.layout, block - item.first_unit);
     if constexpr (phase == 0) {
-      if (layout.rows) {
+      if (item.layout.rows) {
         row(item, unit, thread, shared.places);
       } else {
         tile(item, unit, thread, shared.places);
       }
+    } else if (item.layout.rows) {
+      add_up_row<phase>(item, unit, thread, shared);
     } else {
-      const Segments segments(item, unit);
-      const int lane = thread % segments.lanes, first = thread / segments.lanes;
-      if constexpr (phase == 1) {
-        for (int c = first; c < segments.channels; c += kThreads / segments.lanes) {
-          for (int which = 0; which < 2; ++which) {
-            double sum = 0;
-            for (int k = lane; k < segments.count; k += segments.lanes) {
-              sum += shared.places[which][segments.place(c, k)];
-            }
-            if (segments.lanes == 1) {
-              emit(item, unit, c, which, sum);
-            } else {
-              shared.lanes[which][thread] = sum;
-            }
-          }
-        }
-      } else if (segments.lanes > 1 && lane < 2 && first < segments.channels) {
-        double sum = 0;
-        for (int i = 0; i < segments.lanes; ++i) sum += shared.lanes[lane][thread - lane + i];
-        emit(item, unit, first, lane, sum);
-      }
+      add_up_tile<phase>(item, unit, thread, shared);
     }
   }
 };
