@@ -227,10 +227,17 @@ def _read_code(text: str, kernels: dict[tuple[str, str], Kernel]) -> None:
     finish()
 
 
+MOST_LOCAL = {"FakeQuantKernel": 24}
+"""Bytes of local memory that a kernel may use. fake_quant's has registers for one more block on a
+multiprocessor in exchange, which on an H200 made the backward pass of bfloat16 up to 17 % faster."""
+
+
 def local_memory(kernel: Kernel) -> list[str]:
     """Whether a kernel spills."""
     used = kernel.stack_bytes + kernel.local_bytes
-    return [f"{kernel.name} on {kernel.arch}: {used} bytes of local memory"] if used else []
+    if used <= MOST_LOCAL.get(kernel.name.partition("<")[0], 0):
+        return []
+    return [f"{kernel.name} on {kernel.arch}: {used} bytes of local memory"]
 
 
 def problems(kernel: Kernel) -> list[str]:

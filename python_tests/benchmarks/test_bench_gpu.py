@@ -17,8 +17,10 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import bench_ops
+import gpu_table
 from bench import gpu, losses, machine, quant, tables
 from bench.compare import key
+from bench.documents import read_block
 from bench.entry import Entry
 from bench.measure import DisagreementError
 from bench.registry import all_entries
@@ -220,3 +222,18 @@ def test_update_keeps_what_was_measured_alike(
 def test_a_gpu_result_has_its_name() -> None:
     name = machine.file_name({"device": "NVIDIA H100 80GB HBM3", "driver": "1", "torch": "2.11"})
     assert name == "nvidia-h100-80gb-hbm3.json"
+
+
+def test_the_table_in_the_documents_is_of_the_results() -> None:
+    assert read_block(gpu_table.DOCUMENT, "gpu_table").strip() == gpu_table.text()
+
+
+def test_what_was_measured_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that fails takes none of those before it along."""
+    path = tmp_path / "result.json"
+    chosen = [e for e in all_entries("cpu") if e.name in ("overhead/fake_quant of 16", "bad")]
+    bad = dataclasses.replace(chosen[0], name="bad", peers={"eager": lambda x, scale: x + 1})
+    monkeypatch.setattr(bench_ops, "all_entries", lambda device: [*chosen, bad])
+    arguments = ["--quick", "--no-compile", "--threads", "1", "--output", str(path)]
+    assert bench_ops.main(arguments) == 2
+    assert {b["name"] for b in json.loads(path.read_text())["blocks"]} == {chosen[0].name}

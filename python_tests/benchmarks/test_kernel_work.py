@@ -80,7 +80,7 @@ def shapes() -> dict[str, tuple[int, int, int]]:
 
 
 def test_computed_elements_are_of_use(program: Path) -> None:
-    """At most a quarter more than there are: whole warps that have nothing to do do nothing."""
+    """At most a third more than there are: whole warps that have nothing to do do nothing."""
     cases = [(name, d, sizes) for name, sizes in shapes().items() for d in DTYPES]
     lines = "\n".join(" ".join(map(str, (DTYPES[d], *sizes))) for _, d, sizes in cases)
     done = subprocess.run([program], input=lines, capture_output=True, text=True, check=True)
@@ -89,15 +89,23 @@ def test_computed_elements_are_of_use(program: Path) -> None:
         computed = int(line.split()[0]) / math.prod(sizes)
         print(f"{name:40} {dtype:9} {computed:.2f}")
         assert computed >= 1, (name, dtype)
-        if computed > 1.25:
+        if computed > 1.34:  # a row of 576 halves is three warps of 256
             wasted[name, dtype] = computed
     assert not wasted
 
 
 def test_rows_are_cut_evenly(program: Path) -> None:
-    """4,608 floats are two units of about as many, not 4,096 and a rest that has few threads."""
+    """4,608 floats of 16 images are two units of about as many, not 4,096 and a rest."""
     done = subprocess.run(
-        [program], input="0 1 512 4608", capture_output=True, text=True, check=True
+        [program], input="0 16 512 4608", capture_output=True, text=True, check=True
     )
     _, longest, shortest = map(int, done.stdout.split())
     assert longest <= 1.2 * shortest
+
+
+def test_a_row_of_a_weight_is_one_unit(program: Path) -> None:
+    """Its sum is its gradient: no partial sums, and no launch for them."""
+    done = subprocess.run(
+        [program], input="0 1 512 4608", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[1:] == ["4608", "4608"]

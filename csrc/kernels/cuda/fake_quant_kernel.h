@@ -64,8 +64,8 @@ struct FakeQuantKernel {
   using TilePlaces = Places<S, kTileN>;
   static constexpr int kThreads = kFakeQuantThreads, kPhases = backward ? 4 : 1;
   static constexpr int kStretch = kThreads * kTileN;
-  static constexpr int kLanes = 32,
-                       kFewLanes = 4;  // that add up a channel's sums, at first and then
+  static constexpr int kLanes = 32, kFewLanes = 4;  // add up a channel's sums, at first and then
+  // So many blocks cost a few spilled registers, which was faster all the same.
   static constexpr int kBlocks = sizeof(S) == 8 ? 2 : backward && sizeof(S) == 2 ? 3 : 4;
   static constexpr int kRowPacks = backward && kRowN == 8 ? 2 : 4;  // loads in flight in a row
   static constexpr int kTilePacks = 2 * kRowN / kTileN;             // loads in flight in a tile
