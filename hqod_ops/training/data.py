@@ -183,14 +183,24 @@ def workers_watched() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         text = " ".join(str(error).split())
-        if not text.startswith("DataLoader worker"):
+        if not text.startswith("DataLoader worker") and not _hung_up(error):
             raise
+        why = text.partition(" It is possible")[0] or "it hung up"
         raise WorkerError(
-            f"a process that loads images died ({text.partition(' It is possible')[0]}): fewer "
-            "data.workers need less memory"
+            f"a process that loads images died ({why}): fewer data.workers need less memory"
         ) from error
+
+
+def _hung_up(error: Exception) -> bool:
+    """Whether the other end of a pipe or socket went: a process that died while it handed a batch
+    over, which may show before torch sees that it died."""
+    if isinstance(error, ConnectionError):
+        return True
+    if isinstance(error, FileNotFoundError):  # of a socket: a file has its name here
+        return error.filename is None
+    return isinstance(error, EOFError) and not error.args
 
 
 def check_categories(name: str, owner: str, expected: Sequence[str], got: Sequence[str]) -> None:

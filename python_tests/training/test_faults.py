@@ -27,6 +27,7 @@ pytest.importorskip("pycocotools")
 
 from hqod_ops.cli import BAD_INPUT, FAILED, main
 from hqod_ops.training import WorkerError
+from hqod_ops.training.data import workers_watched
 from hqod_ops.training.files import read_checkpoint, write_whole
 from hqod_ops.training.trainer import Trainer
 
@@ -248,3 +249,28 @@ def test_a_loader_s_process_dies(
     assert issubclass(WorkerError, RuntimeError)
     # The number of workers changes no bit, but is a setting of the run.
     assert resumed(tmp_path, "run", whole, "--set", "data.workers=1")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_a_process"),
+    [
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), True),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), True),
+        (EOFError(), True),
+        (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"), False),
+        (EOFError("no more images in GIF file"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("shapes do not fit"), False),
+    ],
+    ids=repr,
+)
+def test_a_process_that_dies_while_it_hands_a_batch_over(
+    error: Exception, is_of_a_process: bool
+) -> None:
+    """Its end of the connection goes, which shows before or after torch sees that it died."""
+    expected = WorkerError if is_of_a_process else type(error)
+    with pytest.raises(expected) as raised, workers_watched():
+        raise error
+    assert is_of_a_process == ("a process that loads images died" in str(raised.value))
