@@ -91,6 +91,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error("--device cuda: --threads, --warm-malloc and --cpu-time are of the CPU")
         if not torch.cuda.is_available():
             parser.error("--device cuda: torch finds no CUDA device")
+    if args.seconds is not None and not (args.device == "cuda" and 0 < args.seconds < 3600):
+        parser.error("--seconds: expected --device cuda and more than 0, less than 3600")
     if args.threads is None:
         args.threads = [1] if args.quick or args.cpu_time else [1, 2]
     if args.cpu_time and args.threads != [1]:
@@ -251,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: no entry fits --filter; see --list for their names", file=sys.stderr)
         return 2
     described = _machine(args)
-    partial = args.quick or args.filter or args.no_compile or args.cpu_time
+    partial = args.quick or args.filter or args.no_compile or args.cpu_time or args.seconds
     folder = PARTIAL_RESULTS if partial else RESULTS
     path = args.output or folder / machine.file_name(described)
     result: dict[str, Any] = {"machine": described, "blocks": []}

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     amps = {"off": (False,), "on": (True,), "both": (False, True)}[args.amp]
     described = machine.describe(args.device)
-    folder = PARTIAL_RESULTS if args.quick or args.amp != "both" else RESULTS
+    folder = PARTIAL_RESULTS if args.quick or args.steps or args.amp != "both" else RESULTS
     name = Path(machine.file_name(described)).stem
     path = args.output or folder / f"{name}-step.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ namespace hqod {
 // device.
 inline constexpr int64_t kCudaLossChunk = 256;
 
-// A total over up to so many samples is the work of one block, several samples a thread: that takes
-// less time than a second kernel for the partial sums of several blocks.
+// A total over up to so many samples is the work of one block, several samples a thread: one
+// launch, where the partial sums of several blocks need a second one.
 inline constexpr int64_t kCudaLossSingle = 1024;
 
 inline int64_t cuda_loss_chunks(const LossCall& call) {
