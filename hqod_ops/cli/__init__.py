@@ -30,7 +30,7 @@ BAD_INPUT = 2
 _OPTIONS = (
     *("name", "seed", "init", "device", "data.source", "quant.bits", "loss.hqod"),
     *("schedule.epochs", "schedule.batch_size", "schedule.lr", "schedule.accumulate"),
-    *("engine.precision", "engine.compile", "data.workers"),
+    *("engine.precision", "engine.compile", "data.workers", "distill.teacher"),
 )
 """Settings that are options of ``hqod train`` too; each is the destination of its option."""
 
@@ -257,6 +257,8 @@ def _parser() -> argparse.ArgumentParser:
     hqod = argparse.BooleanOptionalAction
     option("--hqod", dest="loss.hqod", action=hqod, default=None, help="add the HQOD losses")
     option("--init", metavar="CHECKPOINT", help="weights of a float run to start from")
+    teacher = "float run with the same network to learn from"
+    option("--distill", dest="distill.teacher", metavar="CHECKPOINT", help=teacher)
     option("--seed", type=int, metavar="S")
     option("--device", help="auto, cpu, cuda, cuda:1, ...")
     parts = "parts that the images of a step come in"

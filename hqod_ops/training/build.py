@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hqod_ops.detection.data import DetectionDataset
 from hqod_ops.detection.models.atss import ATSS
@@ -15,10 +16,13 @@ from hqod_ops.quant import calibrate, prepare_qat, use_level_batch_norm
 from hqod_ops.training import ConfigError
 from hqod_ops.training.batch import batch_images
 from hqod_ops.training.data import check_categories
-from hqod_ops.training.engine import local_rank, world
-from hqod_ops.training.files import read_checkpoint
+from hqod_ops.training.engine import local_rank, rank, world
+from hqod_ops.training.files import read_checkpoint, trained_weights
 from hqod_ops.training.reading import from_dict
 from hqod_ops.training.settings import RunConfig
+
+_STATISTICS_BATCH = 16
+"""Images that a batch normalisation sees together while its statistics are estimated."""
 
 
 def _atss(config: RunConfig, num_classes: int) -> ATSS:
@@ -93,14 +97,31 @@ def set_scales(model: Detector, dataset: DetectionDataset, config: RunConfig) ->
     Files are often sorted by what is in them, so the first ones are no sample.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(config.seed)
-    order = torch.randperm(len(dataset), generator=generator)[: config.data.calibration_images]
     batches = (  # one in memory at a time
-        batch_images([dataset[i][0] for i in indices.tolist()], device, model.stride)
-        for indices in order.split(config.schedule.batch_size)
+        batch_images([dataset[i][0] for i in indices], device, model.stride)
+        for indices in _sample(dataset, config, config.schedule.batch_size)
     )
     # Every process sees the same images, and so sets the scales that one alone would.
     calibrate(model.network, batches, progress=False, distributed=False)
+
+
+def _sample(dataset: DetectionDataset, config: RunConfig, batch: int) -> Iterator[list[int]]:
+    """Indices of training images drawn by the run's seed, in batches."""
+    generator = torch.Generator().manual_seed(config.seed)
+    order = torch.randperm(len(dataset), generator=generator)[: config.data.calibration_images]
+    yield from (part.tolist() for part in order.split(batch))
+
+
+def sample_batches(
+    dataset: DetectionDataset, config: RunConfig, device: torch.device, stride: int
+) -> Iterator[Tensor]:
+    """This process's share of the images that set the first scales, in normalised batches.
+
+    None is mirrored, so they are the same every time and need no random state.
+    """
+    whole = _sample(dataset, config, _STATISTICS_BATCH)
+    for indices in itertools.islice(whole, rank(), None, world()):
+        yield batch_images([dataset.load(i)[0] for i in indices], device, stride)
 
 
 def load_float(model: Detector, config: RunConfig, categories: Sequence[str]) -> None:
@@ -120,7 +141,60 @@ def load_float(model: Detector, config: RunConfig, categories: Sequence[str]) ->
         raise ConfigError(f"init: expected the checkpoint of a float model, got {config.init}")
     check_categories("init", "of the data", categories, state["categories"])
     problem = f"init: the network of {config.init} differs from that of this run's settings"
-    _load_weights(model, state["model"], problem)
+    _load_weights(model, trained_weights(state), problem)
+
+
+def load_teacher(model: Detector, config: RunConfig, categories: Sequence[str]) -> Detector:
+    """The float detector that a run learns from, in eval mode and without gradients.
+
+    Args:
+        model (Detector): the detector of the run, in float: the teacher must have its network.
+        config (RunConfig): its ``distill.teacher`` names the checkpoint.
+        categories (sequence of str): names of the classes, by label.
+
+    Returns:
+        Detector: on the device of the model.
+
+    Raises:
+        ConfigError: the checkpoint is that of a quantized model, of other classes or of another
+            network; then the first layer that differs is named.
+    """
+    path = config.distill.teacher
+    with torch.random.fork_rng(devices=()):  # what the run draws does not depend on its teacher
+        teacher, its_config, its_categories = load_detector(path)
+    if its_config.quantized:
+        raise ConfigError(f"distill.teacher: expected the checkpoint of a float model, got {path}")
+    check_categories("distill.teacher", "of the data", categories, its_categories)
+    different = first_difference(model.network, teacher.network)
+    if different:
+        raise ConfigError(
+            f"distill.teacher: the network of {path} differs from that of this run's settings: "
+            f"{different}"
+        )
+    return teacher.requires_grad_(False).to(next(model.parameters()).device)
+
+
+def first_difference(expected: nn.Module, got: nn.Module) -> str:
+    """The first layer in which two networks differ, and how; "" where they are alike.
+
+    Example:
+        >>> from torch import nn
+        >>> from hqod_ops.training.build import first_difference
+        >>> one, other = nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 4))
+        >>> first_difference(one, other)
+        "layer '0': expected weight of shape [3, 2], got [4, 2]"
+    """
+    ours, theirs = ({n: v.shape for n, v in m.state_dict().items()} for m in (expected, got))
+    for name in dict.fromkeys([*ours, *theirs]):
+        layer, _, entry = name.rpartition(".")
+        if name not in theirs:
+            return f"layer {layer!r}: expected {entry}, got none"
+        if name not in ours:
+            return f"layer {layer!r}: expected no {entry}, got one"
+        if ours[name] != theirs[name]:
+            shapes = [list(shapes[name]) for shapes in (ours, theirs)]
+            return f"layer {layer!r}: expected {entry} of shape {shapes[0]}, got {shapes[1]}"
+    return ""
 
 
 def _load_weights(model: Detector, weights: Mapping[str, Tensor], problem: str) -> None:
@@ -149,5 +223,5 @@ def load_detector(path: str | Path) -> tuple[Detector, RunConfig, list[str]]:
     if config.quantized:
         quantize(model, config)
     problem = f"{path}: its weights do not fit the network of its settings"
-    _load_weights(model, state["model"], problem)
+    _load_weights(model, trained_weights(state), problem)
     return model.eval(), config, state["categories"]

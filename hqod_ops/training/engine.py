@@ -18,8 +18,9 @@ from hqod_ops.detection.models.detector import Detector, Objects
 from hqod_ops.detection.models.losses import total
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.quantizers.base import Quantizer
+from hqod_ops.quant.tuning import Distillation
 from hqod_ops.training import ConfigError
-from hqod_ops.training.settings import EngineConfig
+from hqod_ops.training.settings import DistillConfig, EngineConfig
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -99,12 +100,19 @@ def processes(config: EngineConfig, device: torch.device) -> Iterator[None]:
 class _Losses(nn.Module):
     """The losses of a detector as a forward pass, which DistributedDataParallel wraps."""
 
-    def __init__(self, model: Detector) -> None:
+    def __init__(
+        self, model: Detector, distillation: Distillation | None = None, labels: bool = True
+    ) -> None:
         super().__init__()
-        self.model = model
+        # Plain attributes: the teacher is no part of what is trained.
+        self.model, self.distillation, self.labels = model, distillation, labels
 
     def forward(self, images: Tensor, targets: Sequence[Objects]) -> dict[str, Tensor]:
-        return self.model.losses(images, targets)
+        if self.distillation is None:
+            return self.model.losses(images, targets)
+        if not self.labels:
+            return {"distill": self.distillation(images)}
+        return {**self.model.losses(images, targets), "distill": self.distillation.loss()}
 
 
 class Engine:
@@ -114,12 +122,23 @@ class Engine:
         model (Detector): the detector, on its device, with its quantizers.
         config (EngineConfig): precision, layout, compilation.
         accumulate (int): parts that the images of a step come in. Default: 1
+        teacher (Detector, optional): a float detector with the same network, in eval mode, which
+            the detector learns from. Default: None
+        distill (DistillConfig, optional): how. Default: None, DistillConfig()
 
     Raises:
         ConfigError: the device lacks the precision, or has no norms over all ranks.
     """
 
-    def __init__(self, model: Detector, config: EngineConfig, accumulate: int = 1) -> None:
+    def __init__(
+        self,
+        model: Detector,
+        config: EngineConfig,
+        accumulate: int = 1,
+        *,
+        teacher: Detector | None = None,
+        distill: DistillConfig | None = None,
+    ) -> None:
         self.model, self.config, self.accumulate = model, config, accumulate
         self.device = next(model.parameters()).device
         kind = self.device.type
@@ -131,7 +150,9 @@ class Engine:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.compile:
             model.network.compile()
-        losses = _Losses(model)
+        distill = distill or DistillConfig()
+        self._distillation = None if teacher is None else _distillation(model, teacher, distill)
+        losses = _Losses(model, self._distillation, distill.labels)
         self._losses: nn.Module = losses
         if world() > 1:
             devices = [self.device] if kind == "cuda" else None
@@ -186,11 +207,33 @@ class Engine:
         self.scaler.step(optimizer)
         self.scaler.update()
 
+    def close(self) -> None:
+        """Take the teacher's hooks from the detector."""
+        if self._distillation is not None:
+            self._distillation.close()
+
     def share_buffers(self) -> None:
         """Give every rank the buffers of the first, such as the statistics of batch norms."""
         if world() > 1:
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
+
+
+def _distillation(model: Detector, teacher: Detector, config: DistillConfig) -> Distillation:
+    if not config.feature_weight and not config.prediction_weight:
+        raise ConfigError(
+            "distill.prediction_weight: expected it or distill.feature_weight above 0, got 0 twice"
+        )
+    try:
+        return Distillation(
+            model.network,
+            teacher.network,
+            feature_weight=config.feature_weight,
+            prediction_weight=config.prediction_weight,
+            temperature=config.temperature,
+        )
+    except ValueError as error:  # a detector whose prediction layers are not known
+        raise ConfigError(f"distill.teacher: {error}") from None
 
 
 def _scales_of_batches(model: nn.Module) -> Iterator[nn.Parameter]:

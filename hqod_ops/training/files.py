@@ -32,6 +32,14 @@ _Side = Annotated[int, Meta(ge=1, le=2**16)]
 
 
 @dataclass
+class _Average:
+    """The part of a moving average."""
+
+    model: dict[str, Tensor]
+    steps: WholeNumber
+
+
+@dataclass
 class _Checkpoint:
     """What a checkpoint holds at least; anybody may have written the file."""
 
@@ -42,6 +50,7 @@ class _Checkpoint:
     history: list[dict[str, Any]]
     model: dict[str, Tensor]
     image: tuple[_Side, _Side] | None = None
+    average: _Average | None = None
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -114,6 +123,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: expected a checkpoint written by hqod train: {error}") from None
     return {**state, "config": current(state["config"])}
+
+
+def trained_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a run gives: the weights of a checkpoint, or the average of them where it has one.
+
+    Args:
+        state (mapping): what :func:`read_checkpoint` gives.
+    """
+    weights: dict[str, Tensor] = (state.get("average") or state)["model"]
+    return weights
 
 
 def is_finished(directory: Path) -> bool:

@@ -63,7 +63,14 @@ def label(config: Mapping[str, Any]) -> str:
         name += " + HQOD"
         if loss["variant"] != "official":
             name += f" ({loss['variant']})"
-    return name + _tuned(config.get("tuning", {}))
+    return name + _taught(config.get("distill", {})) + _tuned(config.get("tuning", {}))
+
+
+def _taught(distill: Mapping[str, Any]) -> str:
+    """Whether it learned from a float model."""
+    if not distill.get("teacher"):
+        return ""
+    return ", distilled" + ", no labels" * (not distill["labels"])
 
 
 def _tuned(tuning: Mapping[str, Any]) -> str:
@@ -131,8 +138,11 @@ def _by_settings(results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
     """
     groups: dict[str, list[int]] = {}
     for i, result in enumerate(results):
-        # The checkpoint to start from has the seed in its path, the name may have it.
+        # Checkpoints to start or to learn from have the seed in their path, the name may have it.
         shared = {k: v for k, v in result["config"].items() if k not in _SEED_DEPENDENT}
+        if "distill" in shared:
+            taught = bool(shared["distill"]["teacher"])
+            shared["distill"] = {**shared["distill"], "teacher": taught}
         groups.setdefault(json.dumps(shared, sort_keys=True), []).append(i)
     labels = [label(results[members[0]]["config"]) for members in groups.values()]
     repeated = Counter(labels)

@@ -12,7 +12,14 @@ import torch
 
 from hqod_ops.detection.data import DetectionDataset
 from hqod_ops.training import ConfigError
-from hqod_ops.training.build import build_model, choose_device, load_float, quantize, set_scales
+from hqod_ops.training.build import (
+    build_model,
+    choose_device,
+    load_float,
+    load_teacher,
+    quantize,
+    set_scales,
+)
 from hqod_ops.training.data import check_categories, described, open_data, settled
 from hqod_ops.training.engine import processes, rank, sync_norms
 from hqod_ops.training.evaluate import evaluate
@@ -145,6 +152,9 @@ class Run:
         model = build_model(config, len(dataset.categories)).to(device)
         if config.init and self._state is None:
             load_float(model, config, dataset.categories)
+        teacher = None
+        if config.distill.teacher:
+            teacher = load_teacher(model, config, dataset.categories)
         if config.engine.sync_norms:
             model.network = sync_norms(model.network)
         if config.quantized:
@@ -153,10 +163,11 @@ class Run:
                 set_scales(model, dataset, config)
         if rank() > 0:  # for what draws in training, such as dropout
             torch.manual_seed(config.seed + rank())
-        trainer = Trainer(model, dataset, config, self.directory)
+        trainer = Trainer(model, dataset, config, self.directory, teacher)
         if self._state is not None:
             trainer.load(self._state)
         trainer.fit(title=config.name, progress=progress)
+        model = trainer.trained
         metrics, harmony = evaluate(model, test, workers=config.data.workers, progress=progress)
         if rank() == 0:
             harmony.save(self.directory / HARMONY)

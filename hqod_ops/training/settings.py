@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -20,6 +21,7 @@ from hqod_ops.quant.config import FLOAT_BITS, QATConfig
 
 __all__ = [
     "DataConfig",
+    "DistillConfig",
     "EngineConfig",
     "LossConfig",
     "ModelConfig",
@@ -98,6 +100,9 @@ class ScheduleConfig:
         clip (float): largest L2 norm of the gradient; 0 for none.
         accumulate (int): parts that the images of a step come in one after another, where they do
             not fit in memory together; each has norms and loss divisors of its own.
+        ema (float): decay of a moving average of weights and scales, which is then what a run
+            gives, with batch norm statistics of its own; about 1 / (1 - ema) steps count. 0 for
+            none.
     """
 
     epochs: Count = 5
@@ -112,6 +117,26 @@ class ScheduleConfig:
     steps: tuple[WholeNumber, ...] = ()
     clip: Factor = 10.0
     accumulate: Count = 1
+    ema: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Learning from a float model with the same network, beside the labels or without them.
+
+    Args:
+        teacher (str): checkpoint of a float run, or its directory; "" for none.
+        labels (bool): learn from the labels too.
+        feature_weight (float): factor of the channel-wise loss of what the prediction layers read.
+        prediction_weight (float): factor of the relative squared error of the raw predictions.
+        temperature (float): of the channel-wise loss.
+    """
+
+    teacher: str = ""
+    labels: bool = True
+    feature_weight: Factor = 1.0
+    prediction_weight: Factor = 1.0
+    temperature: Annotated[float, Meta(gt=0, le=sys.float_info.max)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -170,6 +195,7 @@ class RunConfig:
     test: TestConfig = field(default_factory=TestConfig)
     quant: QATConfig = field(default_factory=lambda: QATConfig(FLOAT_BITS, FLOAT_BITS))
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
 

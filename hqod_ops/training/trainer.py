@@ -24,7 +24,9 @@ from hqod_ops.detection.models.detector import Detector
 from hqod_ops.detection.models.losses import rank_mean
 from hqod_ops.quant.observers import gather
 from hqod_ops.training import ConfigError
+from hqod_ops.training.average import Average
 from hqod_ops.training.batch import Padding, normalised, training_targets
+from hqod_ops.training.build import sample_batches
 from hqod_ops.training.data import Seeded, image_shape, workers_watched
 from hqod_ops.training.engine import Engine, rank, world
 from hqod_ops.training.files import CHECKPOINT, FORMAT, LOG, write_whole
@@ -73,16 +75,19 @@ def _signal_between_steps() -> Iterator[Callable[[], int]]:
 class Trainer:
     """Trains a detector epoch by epoch and keeps ``last.pt`` and ``log.jsonl`` in a directory.
 
-    A checkpoint holds the weights, optimizer, schedule, random state and history after an epoch,
-    after some minutes within one, and where a signal stops the run. The order of the images and
-    what is done to them depend on the seed and the epoch alone. So a run that is stopped and
-    resumed gives the same bits as one that is not. In a distributed run, the first process writes.
+    A checkpoint holds the weights and their average (``schedule.ema``), optimizer, schedule, random
+    state and history after an epoch, after some minutes within one, and where a signal stops the
+    run. The order of the images and what is done to them depend on the seed and the epoch alone. So
+    a run that is stopped and resumed gives the same bits as one that is not. In a distributed run,
+    the first process writes.
 
     Args:
         model (Detector): the detector, on its device.
         dataset (DetectionDataset): images to train on.
         config (RunConfig): schedule, engine and seed.
         directory (Path): where the files go; it must exist.
+        teacher (Detector, optional): what ``distill.teacher`` names, on the same device.
+            Default: None
 
     Attributes:
         epoch (int): whole epochs that are done.
@@ -93,7 +98,12 @@ class Trainer:
     """
 
     def __init__(
-        self, model: Detector, dataset: DetectionDataset, config: RunConfig, directory: Path
+        self,
+        model: Detector,
+        dataset: DetectionDataset,
+        config: RunConfig,
+        directory: Path,
+        teacher: Detector | None = None,
     ) -> None:
         self.model, self.dataset, self.config, self.directory = model, dataset, config, directory
         schedule, self.device = config.schedule, next(model.parameters()).device
@@ -103,7 +113,11 @@ class Trainer:
                 f"schedule.batch_size: expected at most the {len(dataset)} training images, "
                 f"got {batch}"
             )
-        self.engine = Engine(model, config.engine, schedule.accumulate)
+        # Before the engine: a copy of its hooks would be one of the teacher too.
+        self._average = Average(model, schedule.ema) if schedule.ema else None
+        self.engine = Engine(
+            model, config.engine, schedule.accumulate, teacher=teacher, distill=config.distill
+        )
         if batch % self.engine.parts:
             raise ConfigError(
                 f"schedule.batch_size: expected a multiple of {world()} processes x "
@@ -118,6 +132,11 @@ class Trainer:
         self._rate = self._seconds = 0.0
         self._sums: dict[str, float] = {}
         self._saved = time.monotonic()
+
+    @property
+    def trained(self) -> Detector:
+        """What the training gives: the detector, or the average of it."""
+        return self.model if self._average is None else self._average.model
 
     def save(self) -> None:
         """Write the checkpoint and the log; a crash meanwhile leaves the last checkpoint whole.
@@ -139,6 +158,7 @@ class Trainer:
             "so_far": {"lr": self._rate, "seconds": self._seconds, "terms": self._sums},
             "history": self.history,
             "model": self.model.state_dict(),
+            "average": None if self._average is None else self._average.state(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.engine.scaler.state_dict(),
@@ -169,6 +189,8 @@ class Trainer:
         """
         try:
             self.model.load_state_dict(state["model"])
+            if self._average is not None:
+                self._average.load(state["average"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
             if state.get("scaler"):
@@ -242,6 +264,8 @@ class Trainer:
             raise FloatingPointError(f"the loss is not finite in epoch {self.epoch + 1}: {listed}")
         self.engine.update(self.optimizer, self.config.schedule.clip)
         self.scheduler.step()
+        if self._average is not None:
+            self._average.update(self.model)
         return values
 
     def fit(self, *, title: str = "", progress: bool = True) -> None:
@@ -268,7 +292,12 @@ class Trainer:
         with bar as advance, _signal_between_steps() as stopped, workers_watched():
             while self.epoch < epochs:
                 self._epoch(advance, stopped)
+        self.engine.close()
         self.engine.share_buffers()
+        if self._average is not None:
+            batches = sample_batches(self.dataset, self.config, self.device, self.model.stride)
+            self._average.finish(self.model, batches)
+            self.save()
 
     def _epoch(self, advance: Callable[[str], None], stopped: Callable[[], int]) -> None:
         started = time.perf_counter() - self._seconds

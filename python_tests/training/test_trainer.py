@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,14 +31,10 @@ from hqod_ops.training.reading import from_dict
 from hqod_ops.training.run import Run
 from hqod_ops.training.settings import (
     DataConfig,
-    LossConfig,
-    ModelConfig,
-    RunConfig,
     ScheduleConfig,
 )
 from hqod_ops.training.trainer import Interrupted, Trainer
-
-TINY = ModelConfig(stem=8, widths=(8, 8, 16), channels=8, head_depth=1, groups=2)
+from python_tests.training.tiny import TINY, StopAt, same, tiny_config, without_times
 
 
 @pytest.fixture(autouse=True)
@@ -51,50 +45,9 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def tiny_config(name: str, **changes: Any) -> RunConfig:
-    base = RunConfig(
-        name=name,
-        device="cpu",
-        data=DataConfig(size=64, train_images=12, test_images=4, calibration_images=4),
-        model=TINY,
-        loss=LossConfig(hqod=True),
-        schedule=ScheduleConfig(epochs=3, batch_size=4),
-    )
-    return replace(base, **changes)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal to the bit, tensors within nested containers included."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
-
-
-def _without_times(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in entry.items() if k != "seconds"} for entry in history]
-
-
-class _StopAt:
-    """Send the process a Ctrl-C in a step of the training."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-        self.left, self.original = step, Trainer.step
-        monkeypatch.setattr(Trainer, "step", lambda trainer, *args: self(trainer, *args))
-
-    def __call__(self, trainer: Trainer, *args: Any) -> dict[str, float]:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-        return self.original(trainer, *args)
-
-
 @pytest.mark.parametrize("bits", [FLOAT_BITS, 4], ids=["float", "w4"])
 @pytest.mark.parametrize("stop", [1, 5, 9], ids=["first epoch", "second epoch", "last step"])
-def test_resumed_training_is_the_same(
+def test_resumed_training_is_thesame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int, stop: int
 ) -> None:
     whole = tiny_config("whole", quant=QATConfig(bits, bits))
@@ -102,7 +55,7 @@ def test_resumed_training_is_the_same(
 
     parts = replace(whole, name="parts")
     with monkeypatch.context() as patch:
-        _StopAt(patch, stop)
+        StopAt(patch, stop)
         with pytest.raises(Interrupted, match=f"in epoch {(stop - 1) // 3 + 1}"):
             Run(parts, tmp_path).train(progress=False)
     assert not (tmp_path / "parts" / RESULT).exists()
@@ -112,8 +65,8 @@ def test_resumed_training_is_the_same(
     a, b = read_checkpoint(tmp_path / "whole"), read_checkpoint(tmp_path / "parts")
     assert a["epoch"] == b["epoch"] == 3
     for key in ("model", "optimizer", "scheduler", "rng", "cuda_rng"):
-        assert _same(a[key], b[key]), key
-    assert _without_times(a["history"]) == _without_times(b["history"])
+        assert same(a[key], b[key]), key
+    assert without_times(a["history"]) == without_times(b["history"])
     assert {**result, "seconds": 0} == pytest.approx({**resumed, "seconds": 0}, abs=0, nan_ok=True)
 
 
@@ -123,7 +76,7 @@ def test_seeds_differ_and_repeat(tmp_path: Path) -> None:
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
     a, b, c = (read_checkpoint(tmp_path / name)["model"] for name in states)
-    assert _same(a, b) and not _same(a, c)
+    assert same(a, b) and not same(a, c)
 
 
 def test_what_a_run_leaves(tmp_path: Path) -> None:
@@ -230,7 +183,7 @@ def _other_ids(content: dict[str, Any]) -> None:
         (_other_ids, "got '4' for '3' as class 4 of 10"),
     ],
 )
-def test_train_and_test_classes_are_the_same(
+def test_train_and_test_classes_are_thesame(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     data = _digit_files(tmp_path / "data", change, "val")

@@ -32,7 +32,7 @@ from hqod_ops.training.files import (
     write_whole,
 )
 from hqod_ops.training.reading import from_dict, to_dict
-from hqod_ops.training.settings import RunConfig, TuningConfig
+from hqod_ops.training.settings import DistillConfig, RunConfig, TuningConfig
 
 REPORT = "quantize.json"
 """What each step of post-training quantization changed."""
@@ -117,6 +117,7 @@ def quantize_run(
         name=directory.name,
         init=str(run.checkpoint),
         quant=quant,
+        distill=DistillConfig(),
         tuning=TuningConfig(post_training=True, learn_rounding=learn_rounding),
     )
     config = from_dict(to_dict(config))  # checked, as settings from files are
