@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,93 @@ def _match_numpy(
 
 
 @dataclass(frozen=True)
+class Found:
+    """Detections of a data set and its ground truth, image after image; crowds are left out.
+
+    Attributes:
+        boxes (float32[D, 4]), scores (float32[D]), labels (int64[D]): the detections.
+        counts (int64[I]): how many of them each image has.
+        truth (float32[G, 4]), truth_labels (int64[G]), truth_counts (int64[I]): the ground truth.
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    truth: NDArray[np.float32]
+    truth_labels: NDArray[np.int64]
+    truth_counts: NDArray[np.int64]
+
+    def same_images(self, other: Found) -> bool:
+        """Whether the ground truth is the same, box by box."""
+        names = ("truth", "truth_labels", "truth_counts")
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
+
+    def images(self) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Boxes, scores, labels, true boxes and true labels of one image after another."""
+        ends, true_ends = self.counts.cumsum(), self.truth_counts.cumsum()
+        for end, count, true_end, true_count in zip(
+            ends, self.counts, true_ends, self.truth_counts, strict=True
+        ):
+            own, true = slice(end - count, end), slice(true_end - true_count, true_end)
+            yield (
+                *(self.boxes[own], self.scores[own], self.labels[own]),
+                *(self.truth[true], self.truth_labels[true]),
+            )
+
+    def hits(self) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The detections' scores, and which of them take a ground truth of their own."""
+        found = [
+            match_detections(boxes, scores, labels, truth, true_labels, _SAME)[0] >= 0
+            for boxes, scores, labels, truth, true_labels in self.images()
+        ]
+        return self.scores, np.concatenate([np.zeros(0, dtype=bool), *found])
+
+
+_SAME = 0.5
+"""The least IoU of two boxes that mean the same object."""
+
+_SEEN = 0.05
+"""Detections of the float model below this score are too many and too weak to be followed."""
+
+
+@dataclass(frozen=True)
+class ScoreFidelity:
+    """Whether a model's scores mean what those of the float model mean.
+
+    Attributes:
+        shift (float): mean of s - s_f over the pairs; NaN without pairs.
+        pairs (int): detections of the float model that the model makes too.
+        threshold (float): the score at which the float model has its best F1; NaN without hits.
+        f1 (float), float_f1 (float): F1 of the model and of the float model there, in [0, 1].
+    """
+
+    shift: float
+    pairs: int
+    threshold: float
+    f1: float
+    float_f1: float
+
+
+def _f1(found: Found, threshold: float) -> float:
+    scores, hits = found.hits()
+    kept = scores >= threshold
+    return 2.0 * float(hits[kept].sum()) / max(int(kept.sum()) + len(found.truth), 1)
+
+
+def _best_threshold(found: Found) -> float:
+    """The highest score that gives the best F1; NaN where nothing is found."""
+    scores, hits = found.hits()
+    if not hits.any():
+        return math.nan
+    order = np.argsort(-scores, kind="stable")
+    ranked = scores[order]
+    f1 = 2.0 * hits[order].cumsum() / (np.arange(1, len(order) + 1) + len(found.truth))
+    f1[:-1][ranked[:-1] == ranked[1:]] = 0.0  # a threshold lets all of a score through
+    return float(ranked[f1.argmax()])
+
+
+@dataclass(frozen=True)
 class HarmonyReport:
     """Scores and IoUs of matched detections, and how they agree.
 
@@ -153,11 +240,13 @@ class HarmonyReport:
         scores (float64[N]): score of each matched detection, in [0, 1].
         ious (float64[N]): its IoU with its ground truth, in [0, 1].
         bins (int): cells of :attr:`density` a side.
+        found (Found, optional): all detections and the ground truth, for :meth:`fidelity`.
     """
 
     scores: NDArray[np.float64]
     ious: NDArray[np.float64]
     bins: int = 50
+    found: Found | None = None
 
     @property
     def num_matches(self) -> int:
@@ -196,15 +285,73 @@ class HarmonyReport:
             "gap": self.gap,
         }
 
+    def fidelity(self, reference: HarmonyReport) -> ScoreFidelity:
+        """How far these scores are from those of the float model on the same images.
+
+        ``shift = mean (s - s_f)`` over pairs: in every image, in order of descending s, a detection
+        takes the free one of the float model (``s_f >= 0.05``) of its class with the highest IoU,
+        if that is at least 0.5. ``F1 = 2 TP / (D + G)`` of the D detections of at least a score,
+        TP of which take one of the G true boxes (of their class, IoU at least 0.5, each once); the
+        score is that at which the float model's F1 is best, for both.
+
+        Args:
+            reference (HarmonyReport): that of the float model.
+
+        Returns:
+            ScoreFidelity: the mean shift of the scores, and F1 of both.
+
+        Raises:
+            ValueError: the images of the two are not the same, or a report has no detections, such
+                as one that an earlier version has written.
+
+        Example:
+            >>> import torch
+            >>> from hqod_ops.detection.harmony import harmony_report
+            >>> target = {"boxes": torch.tensor([[0., 0., 8., 8.]]), "labels": torch.tensor([0])}
+            >>> model, reference = (
+            ...     harmony_report([{**target, "scores": torch.tensor([score])}], [target])
+            ...     for score in (0.5, 0.75)
+            ... )
+            >>> found = model.fidelity(reference)
+            >>> found.shift, found.threshold, found.f1, found.float_f1
+            (-0.25, 0.75, 0.0, 1.0)
+        """
+        own, other = self.found, reference.found
+        if own is None or other is None:
+            raise ValueError("reference: expected reports with detections, got one without")
+        if not own.same_images(other):
+            raise ValueError("reference: expected the same images, got another ground truth")
+        shifts = [np.zeros(0)]
+        for (boxes, scores, labels, *_), (its, its_scores, its_labels, *_) in zip(
+            own.images(), other.images(), strict=True
+        ):
+            seen = its_scores >= _SEEN
+            its, its_scores, its_labels = its[seen], its_scores[seen], its_labels[seen]
+            pair, _ = match_detections(boxes, scores, labels, its, its_labels, _SAME)
+            both = pair >= 0
+            shifts.append(scores[both].astype(np.float64) - its_scores[pair[both]])
+        shift, threshold = np.concatenate(shifts), _best_threshold(other)
+        return ScoreFidelity(
+            float(shift.mean()) if len(shift) else math.nan,
+            len(shift),
+            threshold,
+            _f1(own, threshold),
+            _f1(other, threshold),
+        )
+
     def save(self, path: str | Path) -> None:
         """Write the report to a ``.npz`` file."""
-        np.savez_compressed(path, scores=self.scores, ious=self.ious, bins=self.bins)
+        found = {} if self.found is None else {f"found_{k}": v for k, v in vars(self.found).items()}
+        np.savez_compressed(path, scores=self.scores, ious=self.ious, bins=self.bins, **found)
 
     @classmethod
     def load(cls, path: str | Path) -> HarmonyReport:
         """Read a report that :meth:`save` has written."""
         with np.load(path) as data:
-            return cls(data["scores"], data["ious"], int(data["bins"]))
+            names = [field.name for field in fields(Found)]
+            whole = all(f"found_{name}" in data for name in names)  # earlier versions lack it
+            found = Found(**{name: data[f"found_{name}"] for name in names}) if whole else None
+            return cls(data["scores"], data["ious"], int(data["bins"]), found)
 
 
 def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
@@ -269,12 +416,14 @@ def harmony_report(
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"{name}: expected a value in [0, 1], got {value}")
     all_scores, all_ious = [np.zeros(0)], [np.zeros(0)]
+    images: list[tuple[NDArray[Any], ...]] = []
     for output, target in zip(outputs, targets, strict=True):
         boxes, scores, labels = (to_array(output[key]) for key in ("boxes", "scores", "labels"))
         truth, truth_labels = to_array(target["boxes"]), to_array(target["labels"])
         if "iscrowd" in target:
             single = to_array(target["iscrowd"]) == 0
             truth, truth_labels = truth[single], truth_labels[single]
+        images.append((boxes, scores, labels, truth, truth_labels))
         if one_to_one:
             threshold = max(min_iou, 1e-12)
             _, ious = match_detections(boxes, scores, labels, truth, truth_labels, threshold)
@@ -284,7 +433,25 @@ def harmony_report(
         kept = (scores >= min_score) & (ious >= min_iou) & (ious > 0.0)
         all_scores.append(scores[kept].astype(np.float64))
         all_ious.append(ious[kept])
-    return HarmonyReport(np.concatenate(all_scores), np.concatenate(all_ious), bins)
+    return HarmonyReport(
+        np.concatenate(all_scores), np.concatenate(all_ious), bins, _gathered(images)
+    )
+
+
+def _gathered(images: Sequence[tuple[NDArray[Any], ...]]) -> Found:
+    empty = (np.zeros((0, 4)), np.zeros(0), np.zeros(0), np.zeros((0, 4)), np.zeros(0))
+    columns = [np.concatenate(column) for column in zip(empty, *images, strict=True)]
+    counts, true_counts = (np.array([len(image[k]) for image in images], np.int64) for k in (1, 4))
+    boxes, scores, labels, truth, true_labels = columns
+    return Found(
+        boxes.astype(np.float32),
+        scores.astype(np.float32),
+        labels.astype(np.int64),
+        counts,
+        truth.astype(np.float32),
+        true_labels.astype(np.int64),
+        true_counts,
+    )
 
 
 def to_array(values: Tensor) -> NDArray[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +25,15 @@ from hqod_ops.training.files import HARMONY, RESULT, read_result
 COLUMNS = {"AP": 100.0, "AP50": 100.0, "AP75": 100.0, "pearson": 1.0, "gap": 1.0}
 """Columns of the table and the factor their values are shown with."""
 
-_HEADINGS = {"pearson": "score-IoU correlation", "gap": "mean abs(score - IoU)"}
+FIDELITY = {"score_shift": 1.0, "f1": 100.0}
+"""Columns that need the float run: :meth:`hqod_ops.detection.harmony.HarmonyReport.fidelity`."""
+
+_HEADINGS = {
+    "pearson": "score-IoU correlation",
+    "gap": "mean abs(score - IoU)",
+    "score_shift": "score shift",
+    "f1": "F1 at the float run's threshold",
+}
 
 _SHOWN = 8
 """Test images in the picture of detections."""
@@ -100,7 +109,8 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         list of dict: one for each group in order of appearance: ``label`` (with the names of its
         runs, where another group has the same), ``seeds``, ``runs`` (number of runs), and for each
-        metric ``{"mean": ..., "std": ...}``, None without a value and, for std, with one.
+        metric ``{"mean": ..., "std": ...}``, None without a value and, for std, with one; those of
+        :data:`FIDELITY` where the results have them.
 
     Example:
         >>> from hqod_ops.training.reading import to_dict
@@ -121,14 +131,73 @@ def aggregate(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "seeds": [run["config"]["seed"] for run in runs],
             "runs": len(runs),
         }
-        for column in COLUMNS:
-            values = [run[column] for run in runs if run[column] is not None]
+        for column in _columns(results):
+            values = [run[column] for run in runs if run.get(column) is not None]
             row[column] = {
                 "mean": statistics.fmean(values) if values else None,
                 "std": statistics.stdev(values) if len(values) > 1 else None,
             }
         rows.append(row)
     return rows
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The columns that results or rows have."""
+    return COLUMNS | {k: v for k, v in FIDELITY.items() if any(k in row for row in rows)}
+
+
+def read_results(directories: Sequence[Path]) -> list[dict[str, Any]]:
+    """The results of finished runs, with what their scores have kept of the float run's.
+
+    The float run of a quantized one is that it started from, or else one of its seed or any, as
+    long as it was tested on the same images. Without one among them no result gets the entries.
+
+    Args:
+        directories (sequence of Path): of the runs.
+
+    Returns:
+        list of dict: what :func:`hqod_ops.training.files.read_result` gives, with the entries of
+        :data:`FIDELITY`; those of float runs are their own F1, and no shift.
+    """
+    results = [read_result(directory) for directory in directories]
+    known = [_harmony(directory) for directory in directories]
+    floats = [
+        i for i, r in enumerate(results) if known[i] and _quantized(r["config"]["quant"]) == "FP32"
+    ]
+    for i, result in enumerate(results):
+        own = known[i]
+        if own is None or own.found is None or i in floats:
+            continue
+        same = [k for k in floats if _same_images(own, known[k])]
+        if not same:
+            continue
+        config = result["config"]
+        start = Path(config["init"]).resolve()
+        k = min(
+            same,
+            key=lambda k: (
+                directories[k].resolve() not in (start, start.parent),
+                results[k]["config"]["seed"] != config["seed"],
+            ),
+        )
+        found = own.fidelity(known[k])  # type: ignore[arg-type]
+        result["score_shift"] = None if math.isnan(found.shift) else found.shift
+        result["f1"] = found.f1
+        results[k]["f1"] = found.float_f1
+    return results
+
+
+def _harmony(directory: Path) -> HarmonyReport | None:
+    """Of a run; None where it is missing, or of an earlier version, without detections."""
+    try:
+        report = HarmonyReport.load(directory / HARMONY)
+    except OSError:
+        return None
+    return report if report.found is not None else None
+
+
+def _same_images(own: HarmonyReport, other: HarmonyReport | None) -> bool:
+    return bool(own.found and other and other.found and own.found.same_images(other.found))
 
 
 def _by_settings(results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
@@ -165,10 +234,11 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
         | FP32 | 50.0 | 50.0 | 50.0 | 0.500 | 0.500 |
     """
     several = any(row["runs"] > 1 for row in rows)
-    heads = ["model", *(_HEADINGS.get(c, c) for c in COLUMNS), *(["runs"] if several else [])]
+    columns = _columns(rows)
+    heads = ["model", *(_HEADINGS.get(c, c) for c in columns), *(["runs"] if several else [])]
     lines = ["| " + " | ".join(heads) + " |", "| --- " + "| ---: " * (len(heads) - 1) + "|"]
     for row in rows:
-        cells = [str(row["label"]), *(_cell(row[c], factor) for c, factor in COLUMNS.items())]
+        cells = [str(row["label"]), *(_cell(row[c], factor) for c, factor in columns.items())]
         cells += [str(row["runs"])] if several else []
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -196,7 +266,7 @@ def write_report(runs: Iterable[str | Path], output: Path | None = None) -> str:
     Raises:
         ConfigError: there is no finished run at or below a path.
     """
-    rows = aggregate([read_result(directory) for directory in find_runs(runs)])
+    rows = aggregate(read_results(find_runs(runs)))
     table = markdown(rows)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)

@@ -286,6 +286,53 @@ def test_report_file(tmp_path: Path) -> None:
     assert again.as_dict() == report.as_dict() and again.bins == 7
 
 
+def _scored(scores: list[float], shift: float = 0.0) -> HarmonyReport:
+    """A report of as many detections, of which every second has a ground truth under it."""
+    places = [[12.0 * i + shift, 0.0, 12.0 * i + 10 + shift, 10.0] for i in range(len(scores))]
+    labels = torch.ones(len(scores), dtype=torch.int64)
+    truth = torch.tensor([[12.0 * i, 0.0, 12.0 * i + 10, 10.0] for i in range(0, 6, 2)])
+    target = {"boxes": truth, "labels": torch.ones(3, dtype=torch.int64)}
+    found = {"boxes": torch.tensor(places), "scores": torch.tensor(scores), "labels": labels}
+    nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    empty = {**nothing, "scores": torch.zeros(0)}
+    return harmony_report([empty, found], [nothing, target])
+
+
+def test_scores_against_the_float_model(tmp_path: Path) -> None:
+    """By hand: the pairs, the threshold that is best for the float model, F1 of both there."""
+    reference = _scored([0.9, 0.8, 0.7, 0.2, 0.4, 0.01])
+    # Of 3 objects: 1, 1, 2, 2, 3, 3 hits among the detections by score, so 3 of 4 at 0.4.
+    model = _scored([0.8, 0.9, 0.5, 0.1, 0.3, 0.5], shift=1.0)
+    found = model.fidelity(reference)
+    assert found.pairs == 5  # the one of 0.01 is not followed
+    assert found.shift == pytest.approx((-0.1 + 0.1 - 0.2 - 0.1 - 0.1) / 5, abs=1e-7)
+    assert found.threshold == pytest.approx(0.4) and found.float_f1 == pytest.approx(6 / 7)
+    assert found.f1 == pytest.approx(2 * 2 / (4 + 3))
+    same = reference.fidelity(reference)
+    assert same.shift == 0 and same.f1 == same.float_f1
+    model.save(tmp_path / "model.npz")
+    assert HarmonyReport.load(tmp_path / "model.npz").fidelity(reference) == found
+
+
+def test_the_threshold_lets_all_of_a_score_through() -> None:
+    reference = _scored([0.5, 0.5, 0.5, 0.5, 0.5])
+    found = reference.fidelity(reference)
+    assert found.threshold == 0.5 and found.f1 == pytest.approx(2 * 3 / (5 + 3))
+
+
+def test_scores_that_cannot_be_compared() -> None:
+    report = _scored([0.9, 0.8])
+    bare = HarmonyReport(np.array([0.5]), np.array([0.5]))
+    for one, other in ((report, bare), (bare, report)):
+        with pytest.raises(ValueError, match="reference: expected reports with detections"):
+            one.fidelity(other)
+    with pytest.raises(ValueError, match="reference: expected the same images"):
+        report.fidelity(harmony_report([], []))
+    nothing = harmony_report([], [])
+    found = nothing.fidelity(nothing)
+    assert np.isnan([found.shift, found.threshold]).all() and found.f1 == found.float_f1 == 0
+
+
 def test_report_bad_input() -> None:
     with pytest.raises(ValueError, match="expected as many, got 0 and 1"):
         harmony_report([], [{}])

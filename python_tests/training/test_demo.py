@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -13,11 +15,21 @@ pytest.importorskip("pycocotools")
 pytest.importorskip("matplotlib")
 
 from hqod_ops.cli import main
+from hqod_ops.detection.harmony import HarmonyReport, harmony_report
 from hqod_ops.quant.config import FLOAT_BITS, QATConfig, Rule
 from hqod_ops.training import ConfigError
 from hqod_ops.training.demo import LENGTHS, demo_configs
+from hqod_ops.training.files import CONFIG, HARMONY, RESULT, write_json
 from hqod_ops.training.reading import to_dict
-from hqod_ops.training.report import COLUMNS, aggregate, find_runs, label, markdown
+from hqod_ops.training.report import (
+    COLUMNS,
+    FIDELITY,
+    aggregate,
+    find_runs,
+    label,
+    markdown,
+    read_results,
+)
 from hqod_ops.training.settings import DataConfig, LossConfig, RunConfig
 from hqod_ops.training.trainer import Trainer
 
@@ -36,6 +48,7 @@ def test_quick_demo(
     table = (directory / "report.md").read_text()
     assert table in first
     assert [line.split(" | ")[0][2:] for line in table.splitlines()[2:]] == LABELS
+    assert " score shift | F1 at the float run's threshold |" in table.splitlines()[0]
     for config in demo_configs(LENGTHS["quick"], 0, "demo-quick/seed0", tmp_path):
         log = (tmp_path / config.name / "log.jsonl").read_text().splitlines()
         losses = [json.loads(line)["loss"] for line in log]
@@ -84,6 +97,47 @@ def test_aggregate_over_seeds() -> None:
 
 def test_a_missing_metric_is_a_dash() -> None:
     assert "| FP32 | - | 50.0 |" in markdown(aggregate([_result(None)]))
+
+
+def _run(folder: Path, config: RunConfig, scores: list[float], objects: int = 2) -> Path:
+    """A finished run that has detected these objects with these scores."""
+    directory = folder / config.name
+    directory.mkdir(parents=True)
+    write_json(directory / CONFIG, to_dict(config))
+    write_json(directory / RESULT, dict.fromkeys(COLUMNS, 0.5))
+    boxes = torch.tensor([[20.0 * i, 0.0, 20.0 * i + 10, 10.0] for i in range(objects)])
+    target = {"boxes": boxes, "labels": torch.ones(objects, dtype=torch.int64)}
+    output = {**target, "scores": torch.tensor(scores)}
+    harmony_report([output], [target]).save(directory / HARMONY)
+    return directory
+
+
+def test_scores_are_compared_with_the_float_run(tmp_path: Path) -> None:
+    """That it started from, or else of its seed; of the same images; else there are no columns."""
+    w4 = QATConfig(4, 4)
+    floats = [
+        _run(tmp_path, RunConfig(name=f"float{seed}", seed=seed), scores)
+        for seed, scores in enumerate(([0.5, 0.75], [0.25, 0.75]))
+    ]
+    init = str(floats[0] / "last.pt")
+    started = _run(tmp_path, RunConfig(name="a", seed=1, init=init, quant=w4), [0.5, 0.5])
+    other = _run(tmp_path, RunConfig(name="b", seed=1, quant=w4), [0.5, 0.5])
+    results = read_results([*floats, started, other])
+    assert [result.get("score_shift") for result in results] == [None, None, -0.125, 0.0]
+    assert [result.get("f1") for result in results] == [1.0, 1.0, 1.0, 1.0]
+    rows = aggregate(results)
+    lines = markdown(rows).splitlines()
+    assert lines[0].endswith("| score shift | F1 at the float run's threshold | runs |")
+    assert lines[2].endswith("| - | 100.0 ± 0.0 | 2 |")
+    assert rows[1]["score_shift"]["mean"] == -0.0625
+
+    elsewhere = _run(tmp_path, RunConfig(name="c", init=init, quant=w4), [0.5] * 3, objects=3)
+    for alone in ([started, other], floats, [*floats, elsewhere]):
+        found = aggregate(read_results(alone))
+        assert not any(column in row for row in found for column in FIDELITY)
+    HarmonyReport(np.zeros(0), np.zeros(0)).save(started / HARMONY)  # of an earlier version
+    (other / HARMONY).unlink()
+    assert "score shift" not in markdown(aggregate(read_results([*floats, started, other])))
 
 
 def test_no_runs(tmp_path: Path) -> None:
