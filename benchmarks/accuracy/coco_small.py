@@ -1,4 +1,4 @@
-"""A small COCO folder in memory: images as FastestDet sees them, targets, and the AP of a model."""
+"""A small COCO folder in memory: images for FastestDet, targets, and what a model finds."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hqod_ops.detection.data import CocoDataset
 from hqod_ops.detection.data.files import Resize
 from hqod_ops.detection.evaluation import coco_results, evaluate_coco
+from hqod_ops.detection.harmony import HarmonyReport, harmony_report
 
 BATCH = 32
 
@@ -58,7 +59,9 @@ def detect(model: nn.Module, split: Split) -> list[dict[str, Tensor]]:
     return [found for batch in split.batches() for found in decode(model(batch))]
 
 
-def average_precision(model: nn.Module, split: Split) -> dict[str, Any]:
-    """COCO's metrics of a model, in percent."""
-    found = evaluate_coco(split.truth, coco_results(detect(model, split), split.targets))
-    return {key: round(100 * value, 2) for key, value in found.items() if key in ("AP", "AP50")}
+def measured(model: nn.Module, split: Split) -> tuple[dict[str, Any], HarmonyReport]:
+    """COCO's metrics of a model, in percent, and what tells its scores from another's."""
+    outputs = detect(model, split)
+    found = evaluate_coco(split.truth, coco_results(outputs, split.targets))
+    metrics = {key: round(100 * found[key], 2) for key in ("AP", "AP50")}
+    return metrics, harmony_report(outputs, split.targets)

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 from bench import machine
-from coco_small import Split, average_precision
+from coco_small import Split, measured
 from fastestdet_model import FastestDet, load_fastestdet
 from torch import nn
 
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FEATURES = ("backbone.stage2", "backbone.stage3", "backbone.stage4", "SPP")
 HEADS = tuple(f"detect_head.{name}_layers" for name in ("obj", "reg", "cls"))
 LOGITS = tuple(f"{head}.conv5x5.3" for head in HEADS if "reg" not in head)
-ROWS = ("float", "W8A8", "W4A8", "search", "W4A4", "distill")
+ROWS = ("float", "W8A8", "W4A8", "search", "W4A4", "distill", "scores")
 
 
 class Bench:
@@ -56,13 +56,20 @@ class Bench:
         self.batches = self.train.batches(slice(args.images))
         self.rows: list[dict[str, Any]] = []
         self.float_model = self.load()
+        _, self.reference = measured(self.float_model, self.val)
 
     def load(self) -> FastestDet:
         return load_fastestdet(self.args.weights)
 
     def note(self, row: str, model: nn.Module, seconds: float = 0.0, **more: Any) -> None:
         """Measure a model, and write everything."""
-        found = average_precision(model, self.val)
+        found, harmony = measured(model, self.val)
+        scores = harmony.fidelity(self.reference)
+        found |= {
+            "f1": round(100 * scores.f1, 2),
+            "float_f1": round(100 * scores.float_f1, 2),
+            "score_shift": round(scores.shift, 4),
+        }
         self.rows.append({"row": row, **found, "seconds": round(seconds, 1), **more})
         print(json.dumps(self.rows[-1]), flush=True)
         settings = {
@@ -106,6 +113,18 @@ class Bench:
 
 def _config(weights: int, inputs: int) -> QATConfig:
     return QATConfig(weights, inputs, per_channel=True, weight_init="mse", act_init="mse")
+
+
+def scores(bench: Bench) -> None:
+    """Scores before and after their calibration, of models quantized in seconds."""
+    for name in ("W8A8", "W4A8", "W4A4"):
+        model = prepare_qat(bench.load(), _config(int(name[1]), int(name[3])))
+        calibrate(model, bench.batches[:2], progress=False)
+        reestimate_batch_norm(model, bench.batches, float_model=bench.float_model)
+        bench.note(f"{name} re-estimated", model)
+        start = time.monotonic()
+        calibrate_scores(model, bench.float_model, bench.batches, layers=LOGITS)
+        bench.note(f"{name} re-estimated, scores calibrated", model, time.monotonic() - start)
 
 
 def search(bench: Bench) -> None:
@@ -167,6 +186,8 @@ def main() -> None:
             bench.note("float", bench.float_model)
         elif row == "search":
             search(bench)
+        elif row == "scores":
+            scores(bench)
         elif row == "distill":
             distill(bench)
         else:
