@@ -60,8 +60,7 @@ def fastestdet(result: dict[str, Any]) -> list[str]:
     ]
     for text, row, goal in FASTESTDET:
         value = found[row]["AP"]
-        # As it is printed: 14.04 would be 14.0.
-        lines.append(f"| {text} | {value:.1f} | {goal:.1f} | {_met(round(value, 1) >= goal)} |")
+        lines.append(f"| {text} | {value:.1f} | {goal:.1f} | {_met(value >= goal)} |")
     return lines
 
 
@@ -77,7 +76,7 @@ def neu_det(rows: Sequence[Row]) -> list[str]:
     named = [(f"seed {seed}", *pair) for seed, pair in zip(seeds, pairs, strict=True)]
     means = [statistics.fmean(values) for values in zip(*pairs, strict=True)]
     for name, whole, low in [*named, ("mean", means[0], means[1])]:
-        drop = low - whole
+        drop = round(low - whole, 2)
         lines.append(
             f"| {name} | {whole:.1f} | {low:.1f} | {drop:+.1f} | -{MOST_DROP:.1f} | "
             f"{_met(drop >= -MOST_DROP)} |"
@@ -93,7 +92,7 @@ def scores(rows: Sequence[tuple[str, Row, float]]) -> list[str]:
     ]
     for name, row, whole in rows:
         shift, f1 = row["score_shift"], row["f1"]
-        reached = abs(shift) <= MOST_SHIFT and abs(f1 - whole) <= MOST_F1
+        reached = abs(shift) <= MOST_SHIFT and round(abs(f1 - whole), 2) <= MOST_F1
         lines.append(
             f"| {name} | {shift:+.3f} | ±{MOST_SHIFT} | {f1:.1f} | {whole:.1f} | ±{MOST_F1} | "
             f"{_met(reached)} |"

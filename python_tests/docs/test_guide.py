@@ -15,7 +15,29 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOT
 LINK = re.compile(r"\]\(([^)#]+)")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+NEEDS = {
+    "low_bits": (
+        "torchvision",
+        "pycocotools",
+        "sklearn",
+        "msgspec",
+        "rich",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
+    ),
+}
+"""What the examples of a page need beyond torch."""
+
+
+def _pages() -> list[object]:
+    return [
+        pytest.param(page, id=page.stem, marks=pytest.mark.require(*NEEDS.get(page.stem, ())))
+        for page in PAGES
+    ]
+
+
+@pytest.mark.parametrize("page", _pages())
 def test_examples(page: Path) -> None:
     """The blocks of a page run in order, in one namespace; a text block after one is its output."""
     text = page.read_text(encoding="utf-8")
