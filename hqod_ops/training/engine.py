@@ -156,7 +156,12 @@ class Engine:
         self._losses: nn.Module = losses
         if world() > 1:
             devices = [self.device] if kind == "cuda" else None
-            self._losses = nn.parallel.DistributedDataParallel(losses, device_ids=devices)
+            self._losses = nn.parallel.DistributedDataParallel(
+                losses,
+                device_ids=devices,
+                # What lies behind the prediction layers learns from labels alone.
+                find_unused_parameters=teacher is not None and not distill.labels,
+            )
         self._batch_scales = list(_scales_of_batches(model)) if self.parts > 1 else []
 
     @property

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +20,20 @@ pytest.importorskip("pycocotools")
 from hqod_ops.cli import main
 from hqod_ops.quant.config import QATConfig
 from hqod_ops.training import ConfigError
-from hqod_ops.training.build import first_difference
+from hqod_ops.training.build import (
+    build_model,
+    first_difference,
+    load_float,
+    load_teacher,
+    quantize,
+    set_scales,
+)
+from hqod_ops.training.data import open_data
 from hqod_ops.training.files import read_checkpoint
 from hqod_ops.training.run import Run
 from hqod_ops.training.settings import DistillConfig, RunConfig, ScheduleConfig
-from hqod_ops.training.trainer import Interrupted
+from hqod_ops.training.trainer import Interrupted, Trainer
+from python_tests.ranks import run_ranks
 from python_tests.training.tiny import TINY, StopAt, same, tiny_config
 
 
@@ -85,6 +97,35 @@ def test_resumed_distillation_is_the_same(
     for key in ("model", "average", "optimizer", "rng"):
         assert same(a[key], b[key]), key
     assert ("cls" in a["history"][0]["terms"]) == labels
+
+
+def in_ranks(rank: int) -> dict[str, Any]:
+    folder = Path(os.environ["HQOD_TEST_RUNS"])
+    states = {}
+    for labels in (True, False):
+        config = student(folder, "run", labels)
+        config = replace(config, schedule=replace(config.schedule, ema=0.5))
+        dataset = open_data(config.data, train=True)
+        model = build_model(config, 10)
+        load_float(model, config, dataset.categories)
+        teacher = load_teacher(model, config, dataset.categories)
+        quantize(model, config)
+        set_scales(model, dataset, config)
+        trainer = Trainer(model, dataset, config, folder, teacher)
+        trainer.fit(progress=False)
+        terms = [entry["terms"]["distill"] for entry in trainer.history]
+        states[labels] = {"model": trainer.trained.state_dict(), "terms": terms}
+    return states
+
+
+def test_processes_learn_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit; without labels no process waits for gradients that no term makes."""
+    shutil.copytree(folder / "fp32", tmp_path / "fp32")
+    monkeypatch.setenv("HQOD_TEST_RUNS", str(tmp_path))
+    first, second = run_ranks(in_ranks, tmp_path)
+    assert same(first, second)
 
 
 def test_on_the_command_line(
