@@ -21,8 +21,8 @@ def _float_run(arguments: argparse.Namespace) -> Any:
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from hqod_ops.training import ConfigError, reading
-    from hqod_ops.training.files import read_result
-    from hqod_ops.training.report import aggregate, markdown
+    from hqod_ops.training.files import is_finished
+    from hqod_ops.training.report import aggregate, markdown, read_results
     from hqod_ops.training.tuning.runs import quantize_run
 
     values = reading.read(arguments.recipe) if arguments.recipe else {}
@@ -39,7 +39,10 @@ def _quantize(arguments: argparse.Namespace) -> int:
         learn_rounding=arguments.learn_rounding,
         progress=not arguments.quiet,
     )
-    print(f"{report}\n\n{markdown(aggregate([read_result(directory)]))}")
+    start = arguments.checkpoint
+    start = start if start.is_dir() else start.parent
+    shown = [start, directory] if is_finished(start) else [directory]
+    print(f"{report}\n\n{markdown(aggregate(read_results(shown)))}")
     print(f"Settings, checkpoint, result and what each step changed: {directory}")
     return 0
 

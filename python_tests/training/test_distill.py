@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Iterator
@@ -111,8 +112,11 @@ def in_ranks(rank: int) -> dict[str, Any]:
         teacher = load_teacher(model, config, dataset.categories)
         quantize(model, config)
         set_scales(model, dataset, config)
+        before = copy.deepcopy(teacher.state_dict())
         trainer = Trainer(model, dataset, config, folder, teacher)
         trainer.fit(progress=False)
+        assert same(before, teacher.state_dict())
+        assert all(parameter.grad is None for parameter in teacher.parameters())
         terms = [entry["terms"]["distill"] for entry in trainer.history]
         states[labels] = {"model": trainer.trained.state_dict(), "terms": terms}
     return states

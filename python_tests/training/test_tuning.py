@@ -44,6 +44,7 @@ def test_from_a_float_run_to_a_file(
     assert main(["quantize", str(runs / "fp32"), "--name", "w4", "--bits", "4", *where]) == 0
     printed = capsys.readouterr().out
     assert "| 4-bit LSQ, post-training |" in printed and "calibrate" in printed
+    assert "| FP32 |" in printed and "| score shift |" in printed
     settings = json.loads((runs / "w4" / "config.json").read_text())
     assert settings["tuning"] == {"post_training": True, "learn_rounding": False}
     model, config, _ = load_detector(runs / "w4")
