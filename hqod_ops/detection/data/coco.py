@@ -25,7 +25,7 @@ class CocoDataset(FileDataset):
         transform (callable, optional): see :class:`DetectionDataset`.
         categories (sequence of str, optional): names of the classes, by label. Default: None, all
             in the file
-        orientation (str): ``"auto"``, ``"exif"`` or ``"stored"``, see :class:`FileDataset`.
+        orientation (str): ``"auto"``, ``"exif"`` or ``"stored"``, see :class:`~hqod_ops.detection.data.files.FileDataset`.
             Default: ``"auto"``
 
     Raises:

@@ -49,7 +49,7 @@ class VocDataset(FileDataset):
         transform (callable, optional): see :class:`DetectionDataset`.
         categories (sequence of str, optional): names of the classes, by label. Default: None, the
             20 classes of VOC if there are no others in Annotations, else those there, sorted
-        orientation (str): ``"auto"``, ``"exif"`` or ``"stored"``, see :class:`FileDataset`.
+        orientation (str): ``"auto"``, ``"exif"`` or ``"stored"``, see :class:`~hqod_ops.detection.data.files.FileDataset`.
             Default: ``"auto"``
 
     Raises:
