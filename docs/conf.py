@@ -44,12 +44,17 @@ napoleon_custom_sections = [("Gradient", "notes_style"), ("Source", "notes_style
 nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!hqod_ops\b).*")]
 
-_OUTSIDE = {"../CONTRIBUTING.md": "contributing.md", "../README.md": "index.md"}
-_LINK = re.compile(r"(?<=\]\()(\.\./(?:CONTRIBUTING|README)\.md)(?=[#)])")
+_OUTSIDE = {
+    "../README.md": "index.md",
+    "../CONTRIBUTING.md": "contributing.md",
+    "../benchmarks/README.md": "measuring.md",
+    "../recipes/README.md": "recipes.md",
+}
+_LINK = re.compile(rf"(?<=\]\()({'|'.join(map(re.escape, _OUTSIDE))})(?=[#)])")
 
 
 def _inside(app: Sphinx, name: str, source: list[str]) -> None:
-    """Links to pages at the repository's root lead to the pages of the site that hold their text."""
+    """Links to pages elsewhere in the repository lead to the pages that hold their text here."""
     source[0] = _LINK.sub(lambda match: _OUTSIDE[match.group()], source[0])
 
 
