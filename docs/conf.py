@@ -29,9 +29,8 @@ html_static_path = ["_static"]
 html_css_files = ["hqod.css"]
 html_math_renderer = "mathml"
 html_show_sphinx = False
-html_theme_options = {"navigation_with_keys": True}
-templates_path: list[str] = []
-exclude_patterns: list[str] = []
+html_show_sourcelink = False
+html_copy_source = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say types, with shapes
@@ -68,7 +67,21 @@ def _display(self: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+_TWO = re.compile(r"^(\s+\w+(?:, \w+)*) (\(.+\)),\s+(\w+) \2(?=[,:])", re.MULTILINE)
+
+
+def _together(
+    app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]
+) -> None:
+    """Write "a (int), b (int): ..." as "a, b (int): ...", which is what napoleon reads."""
+    text, count = "\n".join(lines), 1
+    while count:
+        text, count = _TWO.subn(r"\1, \3 \2", text)
+    lines[:] = text.split("\n")
+
+
 def setup(app: Sphinx) -> None:
     """Formulas as MathML, which browsers draw: no script, and nothing is fetched by a reader."""
     app.add_html_math_renderer("mathml", (_inline, None), (_display, None))
     app.connect("source-read", _inside)
+    app.connect("autodoc-process-docstring", _together, priority=100)  # before napoleon
