@@ -31,7 +31,7 @@ ARGS ?=
 
 override TORCH := $(if $(findstring torch,$(TORCH)),$(TORCH),torch==$(strip $(TORCH)))
 comma := ,
-LIBRARIES := $(subst |,$(comma),detection|ultralytics|transformers|openvino|)
+LIBRARIES := $(subst |,$(comma),detection|ultralytics|transformers|openvino|docs|)
 EXTRAS := [$(if $(findstring torchvision,$(TORCH)),$(LIBRARIES))export$(comma)dev]
 SUFFIX := $(if $(subst $(DEFAULT_TORCH),,$(TORCH)),-$(shell tr -cs 'A-Za-z0-9.\n' - <<< '$(TORCH)'))
 SUFFIX += $(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
@@ -70,6 +70,24 @@ lint: $(VENV)/.installed ## format, style, types and file sizes
 	find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' \
 	  | xargs clang-format --dry-run -Werror
 	scripts/check_file_sizes.sh
+
+.PHONY: docs
+docs: $(VENV)/.installed ## the site: build/docs/index.html
+	scripts/docs.sh
+
+.PHONY: coverage
+coverage: $(VENV)/.installed ## lines of hqod_ops that the tests miss, lines of csrc/math that the op tests miss
+	python -m pytest --numprocesses $(JOBS) --cov=hqod_ops --cov-report=term-missing:skip-covered $(ARGS)
+	scripts/cpp_coverage.sh --numprocesses $(JOBS)
+
+.PHONY: release-check
+release-check: $(VENV)/.torch ## version, changelog, archive and wheel, their metadata, the site
+	python scripts/check_version.py
+	$(MAKE) wheel
+	python -m pip install --quiet twine
+	python -m twine check --strict dist/*
+	python scripts/check_version.py dist/*
+	$(MAKE) docs
 
 .PHONY: test-torch
 test-torch: $(VENV)/.installed ## the op tests under other torches (TORCHES=), with the library as built

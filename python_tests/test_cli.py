@@ -18,7 +18,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("pycocotools")
 
 import hqod_ops
-from hqod_ops.cli import BAD_INPUT, FAILED, INTERRUPTED, main
+from hqod_ops.cli import BAD_INPUT, FAILED, INTERRUPTED, _parser, main
+from hqod_ops.cli.overview import TASKS
 from hqod_ops.detection.data import DigitScenes, write_coco
 from hqod_ops.training import ConfigError
 from hqod_ops.training.files import locked, read_checkpoint
@@ -292,6 +293,21 @@ def test_nothing_to_do_is_a_question(capsys: pytest.CaptureFixture[str]) -> None
         main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"hqod_ops {hqod_ops.__version__}\n"
+
+
+def test_help_shows_every_command_with_an_example_that_parses(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    parser = _parser()
+    (commands,) = (a.choices for a in parser._actions if isinstance(a.choices, dict))
+    shown = {name: line for task in TASKS.values() for name, line in task.items()}
+    assert shown.keys() == commands.keys()
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    for name, line in shown.items():
+        assert line in text and line.startswith(f"hqod {name}")
+        assert commands[name].format_help().endswith(f"example: {line}\n")
+        parser.parse_args(line.split()[1:])
 
 
 def test_debug_shows_where(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hqod_ops._version import __version__
 from hqod_ops.cli.options import bits_or_float, positive
+from hqod_ops.cli.overview import example, overview
 from hqod_ops.cli.tuning import add_tuning
 
 INTERRUPTED = 130
@@ -223,16 +224,26 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hqod", description="Train, quantize and evaluate detectors with the HQOD losses."
+        prog="hqod",
+        description="Train, quantize and evaluate detectors with the HQOD losses.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hqod_ops {__version__}")
     parser.add_argument("--debug", action="store_true", help="an error with its traceback")
-    commands = parser.add_subparsers(metavar="COMMAND")
+    commands = parser.add_subparsers(metavar="COMMAND", help="one of those below")
+    summaries: dict[str, str] = {}
 
     def command(
         name: str, run: Callable[[argparse.Namespace], int], summary: str
     ) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary)
+        # Without help: argparse would list them once more, in one heap.
+        sub = commands.add_parser(
+            name,
+            description=summary,
+            epilog=f"example: {example(name)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        summaries[name] = summary
         sub.set_defaults(command=run, hint="")
         return sub
 
@@ -330,6 +341,7 @@ def _parser() -> argparse.ArgumentParser:
     yolo.add_argument("setting", nargs="+", metavar="NAME=VALUE", help=own)
 
     command("info", _info, "Versions, libraries, instruction set, CUDA or why not.")
+    parser.epilog = overview(summaries)
     return parser
 
 

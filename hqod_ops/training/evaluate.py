@@ -85,7 +85,7 @@ def evaluate(
         progress (bool): show a progress bar where the output is a terminal. Default: True
 
     Returns:
-        tuple: the metrics of :func:`hqod_ops.detection.evaluation.evaluate_coco` with those of the
+        tuple: the metrics of :func:`hqod_ops.detection.evaluate_coco` with those of the
         harmony report, and that report.
     """
     first = rank() == 0

@@ -182,7 +182,7 @@ class Trainer:
         return torch.get_rng_state(), cuda
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint (:func:`hqod_ops.training.files.read_checkpoint`).
+        """Continue from a checkpoint (``hqod_ops.training.files.read_checkpoint``).
 
         Raises:
             ConfigError: it is damaged, or of another network.

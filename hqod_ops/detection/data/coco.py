@@ -25,8 +25,8 @@ class CocoDataset(FileDataset):
         transform (callable, optional): see :class:`DetectionDataset`.
         categories (sequence of str, optional): names of the classes, by label. Default: None, all
             in the file
-        orientation (str): ``"auto"``, ``"exif"`` or ``"stored"``, see :class:`FileDataset`.
-            Default: ``"auto"``
+        orientation (str): ``"auto"``, ``"exif"`` or ``"stored"``, see
+            :class:`~hqod_ops.detection.data.files.FileDataset`. Default: ``"auto"``
 
     Raises:
         DataError: a file is missing or broken; one line names it and its fault.

@@ -38,7 +38,7 @@ def open_dataset(
         transform (callable, optional): see :class:`DetectionDataset`.
         **options: further options of :class:`DigitScenes`, such as ``num_images``; for files
             ``categories``, the names of the classes by label, and ``orientation``, see
-            :class:`FileDataset`.
+            :class:`~hqod_ops.detection.data.files.FileDataset`.
 
     Returns:
         DetectionDataset: the data set.

@@ -49,8 +49,8 @@ class VocDataset(FileDataset):
         transform (callable, optional): see :class:`DetectionDataset`.
         categories (sequence of str, optional): names of the classes, by label. Default: None, the
             20 classes of VOC if there are no others in Annotations, else those there, sorted
-        orientation (str): ``"auto"``, ``"exif"`` or ``"stored"``, see :class:`FileDataset`.
-            Default: ``"auto"``
+        orientation (str): ``"auto"``, ``"exif"`` or ``"stored"``, see
+            :class:`~hqod_ops.detection.data.files.FileDataset`. Default: ``"auto"``
 
     Raises:
         DataError: a file is missing or broken; one line names it and its fault.

@@ -141,7 +141,7 @@ def export_onnx(
     Args:
         model (nn.Module): a calibrated model from :func:`hqod_ops.quant.prepare_qat`, in float32.
             It must be one that ``torch.export`` can trace; of a detector, see
-            :func:`hqod_ops.quant.export.detection_network`.
+            :func:`hqod_ops.quant.detection_network`.
         example (Tensor or tuple): the positional arguments, such as a batch of real images. Its
             shapes are those of the file, unless ``dynamic_shapes`` says otherwise.
         path (str or path-like): the file. It is only written when it was found right.

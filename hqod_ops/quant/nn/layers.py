@@ -155,7 +155,7 @@ class QATConv2d(QATLayer, nn.Conv2d):
     """A 2d convolution of fake-quantized input and weight.
 
     Args:
-        *args, **kwargs: those of ``nn.Conv2d``.
+        args, kwargs: those of ``nn.Conv2d``.
         weight_quantizer (Quantizer, optional), input_quantizer (Quantizer, optional): see
             :class:`QATLayer`.
 
@@ -194,7 +194,7 @@ class QATConvTranspose2d(QATLayer, nn.ConvTranspose2d):
     """A transposed 2d convolution of fake-quantized input and weight.
 
     Args:
-        *args, **kwargs: those of ``nn.ConvTranspose2d``.
+        args, kwargs: those of ``nn.ConvTranspose2d``.
         weight_quantizer (Quantizer, optional), input_quantizer (Quantizer, optional): see
             :class:`QATLayer`.
     """
@@ -234,7 +234,7 @@ class QATLinear(QATLayer, nn.Linear):
     """A linear layer of fake-quantized input and weight.
 
     Args:
-        *args, **kwargs: those of ``nn.Linear``.
+        args, kwargs: those of ``nn.Linear``.
         weight_quantizer (Quantizer, optional), input_quantizer (Quantizer, optional): see
             :class:`QATLayer`.
     """

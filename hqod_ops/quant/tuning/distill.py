@@ -24,7 +24,7 @@ def channel_wise_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0
     ``T^2 mean_{b,c} KL(softmax(t_bc / T) || softmax(s_bc / T))``, with the softmax over all places.
 
     Args:
-        student (Tensor[B, C, *]), teacher (Tensor[B, C, *]): of one shape.
+        student (Tensor[B, C, ...]), teacher (Tensor[B, C, ...]): of one shape.
         temperature (float): T. Default: 1.0
 
     Returns:
@@ -53,7 +53,7 @@ class Distillation:
     ``loss = w_f mean_features CWD(s, t) + w_p mean_predictions mean((s - t)^2) / var(t)``
 
     with :func:`channel_wise_loss` of the features and, relative to their variance, the squared
-    error of the predictions. Beside labels, it is one term more:
+    error of the predictions. Beside labels, it is one term more::
 
         distillation = Distillation(student, teacher)
         for images, targets in loader:
