@@ -40,8 +40,10 @@ STABLE_TORCH_LIBRARY(hqod, m) {
   def_loss(m, "aligned_box_iou", "Tensor boxes1, Tensor boxes2", "");
   def_loss(m, "harmonious_iou_loss", "Tensor pred, Tensor target",
            ", Tensor? weight, float alpha, float gamma, int reduction");
-  def_loss(m, "generalized_box_iou_loss", "Tensor boxes1, Tensor boxes2",
-           ", Tensor? weight, float eps, int reduction");
+  for (const char* kind : {"generalized", "distance", "complete", "efficient", "scylla"}) {
+    def_loss(m, std::string(kind) + "_box_iou_loss", "Tensor boxes1, Tensor boxes2",
+             ", Tensor? weight, float eps, int reduction");
+  }
   def_loss(m, "tcorr_loss", "Tensor scores, Tensor ious",
            ", Tensor? weight, bool logits, int variant, int reduction");
   def_loss(m, "hqod_loss", "Tensor pred, Tensor target, Tensor scores",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +43,25 @@ class HarmoniousIoULoss(nn.Module):
         return f"alpha={self.alpha}, gamma={self.gamma}, reduction={self.reduction!r}"
 
 
-class GeneralizedBoxIoULoss(nn.Module):
+class _BoxIoULoss(nn.Module):
+    """A loss of the IoU family."""
+
+    function: Callable[..., Tensor]
+
+    def __init__(self, eps: float = 1e-7, reduction: str = "mean") -> None:
+        super().__init__()
+        checks.number("eps", eps)
+        checks.choice("reduction", reduction, checks.REDUCTIONS)
+        self.eps, self.reduction = eps, reduction
+
+    def forward(self, boxes1: Tensor, boxes2: Tensor, weight: Tensor | None = None) -> Tensor:
+        return self.function(boxes1, boxes2, self.reduction, self.eps, weight=weight)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, reduction={self.reduction!r}"
+
+
+class GeneralizedBoxIoULoss(_BoxIoULoss):
     """See :func:`hqod_ops.generalized_box_iou_loss`.
 
     Example:
@@ -52,19 +72,63 @@ class GeneralizedBoxIoULoss(nn.Module):
         tensor(0.)
     """
 
-    def __init__(self, eps: float = 1e-7, reduction: str = "mean") -> None:
-        super().__init__()
-        checks.number("eps", eps)
-        checks.choice("reduction", reduction, checks.REDUCTIONS)
-        self.eps, self.reduction = eps, reduction
+    function = staticmethod(F.generalized_box_iou_loss)
 
-    def forward(self, boxes1: Tensor, boxes2: Tensor, weight: Tensor | None = None) -> Tensor:
-        return F.generalized_box_iou_loss(
-            boxes1, boxes2, reduction=self.reduction, eps=self.eps, weight=weight
-        )
 
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}, reduction={self.reduction!r}"
+class DistanceBoxIoULoss(_BoxIoULoss):
+    """See :func:`hqod_ops.distance_box_iou_loss`.
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import DistanceBoxIoULoss
+        >>> boxes = torch.tensor([[0., 0., 2., 2.]])
+        >>> DistanceBoxIoULoss()(boxes, boxes)
+        tensor(0.)
+    """
+
+    function = staticmethod(F.distance_box_iou_loss)
+
+
+class CompleteBoxIoULoss(_BoxIoULoss):
+    """See :func:`hqod_ops.complete_box_iou_loss`.
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import CompleteBoxIoULoss
+        >>> boxes = torch.tensor([[0., 0., 2., 2.]])
+        >>> CompleteBoxIoULoss()(boxes, boxes)
+        tensor(0.)
+    """
+
+    function = staticmethod(F.complete_box_iou_loss)
+
+
+class EfficientBoxIoULoss(_BoxIoULoss):
+    """See :func:`hqod_ops.efficient_box_iou_loss`.
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import EfficientBoxIoULoss
+        >>> boxes = torch.tensor([[0., 0., 2., 2.]])
+        >>> EfficientBoxIoULoss()(boxes, boxes)
+        tensor(0.)
+    """
+
+    function = staticmethod(F.efficient_box_iou_loss)
+
+
+class ScyllaBoxIoULoss(_BoxIoULoss):
+    """See :func:`hqod_ops.scylla_box_iou_loss`.
+
+    Example:
+        >>> import torch
+        >>> from hqod_ops import ScyllaBoxIoULoss
+        >>> boxes = torch.tensor([[0., 0., 2., 2.]])
+        >>> ScyllaBoxIoULoss()(boxes, boxes)
+        tensor(0.)
+    """
+
+    function = staticmethod(F.scylla_box_iou_loss)
 
 
 class TCorrLoss(nn.Module):

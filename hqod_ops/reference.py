@@ -9,13 +9,16 @@ Source: X. Huang et al., *HQOD: Harmonious Quantization for Object Detection*, I
 (arXiv:2408.02561), with the details of the authors' code; S. K. Esser et al., *Learned Step Size
 Quantization*, ICLR 2020 (arXiv:1902.08153); Y. Bhalgat et al., *LSQ+*, CVPRW 2020
 (arXiv:2004.09576); H. Rezatofighi et al., *Generalized Intersection over Union*, CVPR 2019
-(arXiv:1902.09630).
+(arXiv:1902.09630); Z. Zheng et al., *Distance-IoU Loss*, AAAI 2020 (arXiv:1911.08287); Y.-F. Zhang
+et al., *Focal and Efficient IOU Loss* (arXiv:2101.08158); Z. Gevorgyan, *SIoU Loss*
+(arXiv:2205.12740).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,6 +147,118 @@ def generalized_box_iou_loss(
     (inter, union, around), least = _areas([*_sizes(boxes1, boxes2), hull], longest=hull, eps=eps)
     loss = 1 - inter / (union + least) + (around - union) / (around + least)
     return _reduce(loss, weight, reduction)
+
+
+class _Pair(NamedTuple):
+    """Two boxes as the losses of the IoU family see them, in units that fit float32."""
+
+    iou: Tensor
+    """Of the union plus eps; NaN for an infinite coordinate."""
+    centre: Tensor
+    """[..., 2]: the first one's less the second one's."""
+    hull: Tensor
+    """[..., 2]: the sides of the smallest box around both, at least as long as centre."""
+    size1: Tensor
+    size2: Tensor
+    """[..., 2]: sides of at least 0."""
+    eps: Tensor
+
+
+def _pair(boxes1: Tensor, boxes2: Tensor, eps: float) -> _Pair:
+    dtype = _compute_dtype(boxes1)
+    boxes1, boxes2 = boxes1.to(dtype), boxes2.to(dtype)
+    moved = boxes1 - boxes2
+    centre = 0.5 * moved[..., :2] + 0.5 * moved[..., 2:]
+    hull = torch.maximum(boxes1[..., 2:], boxes2[..., 2:]) - torch.minimum(
+        boxes1[..., :2], boxes2[..., :2]
+    )
+    with torch.no_grad():
+        longest = torch.cat([hull.abs(), centre.abs()], dim=-1).amax(dim=-1, keepdim=True)
+        large = longest > LARGE_SIDE
+        shrink = torch.where(large, SHRINK, 1.0).to(dtype)
+        least = torch.where(large, longest.new_full((), SHRUNK_EPS), eps)[..., 0]
+    size1, size2, overlap = (_clamp(x * shrink, 0.0) for x in _sizes(boxes1, boxes2))
+    inter = overlap.prod(dim=-1)
+    union = size1.prod(dim=-1) + size2.prod(dim=-1) - inter + least
+    centre, hull = centre * shrink, hull * shrink
+    hull = torch.where(centre.abs() > hull, centre.abs(), hull)
+    iou = inter / union + (longest - longest)[..., 0]
+    return _Pair(iou, centre, hull, size1, size2, least)
+
+
+def _distance(pair: _Pair) -> Tensor:
+    """The squared distance of the centres over the squared diagonal around both boxes."""
+    return pair.centre.square().sum(dim=-1) / (pair.hull.square().sum(dim=-1) + pair.eps)
+
+
+def _angle(size: Tensor, eps: Tensor) -> Tensor:
+    """atan(w / h), 0 for an empty box; its derivative is that of a box of at least eps."""
+    w, h = size.unbind(dim=-1)
+    with torch.no_grad():
+        angle = torch.atan2(w, h.abs())  # no -0: that is pi
+        norm = torch.maximum(w * w + h * h, eps)
+        along_w, along_h = h / norm, w / norm
+    return angle + along_w * (w - w.detach()) - along_h * (h - h.detach())
+
+
+def distance_box_iou_loss(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    reduction: str = "none",
+    eps: float = 1e-7,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """See :func:`hqod_ops.distance_box_iou_loss`."""
+    pair = _pair(boxes1, boxes2, eps)
+    return _reduce(1 - pair.iou + _distance(pair), weight, reduction)
+
+
+def complete_box_iou_loss(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    reduction: str = "none",
+    eps: float = 1e-7,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """See :func:`hqod_ops.complete_box_iou_loss`."""
+    pair = _pair(boxes1, boxes2, eps)
+    turn = _angle(pair.size2, pair.eps) - _angle(pair.size1, pair.eps)
+    v = 4 / math.pi**2 * turn.square()
+    alpha = (v / (1 - pair.iou + v + pair.eps)).detach()
+    return _reduce(1 - pair.iou + _distance(pair) + alpha * v, weight, reduction)
+
+
+def efficient_box_iou_loss(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    reduction: str = "none",
+    eps: float = 1e-7,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """See :func:`hqod_ops.efficient_box_iou_loss`."""
+    pair = _pair(boxes1, boxes2, eps)
+    ratio = (pair.size1 - pair.size2).square() / (pair.hull.square() + pair.eps[..., None])
+    return _reduce(1 - pair.iou + _distance(pair) + ratio.sum(dim=-1), weight, reduction)
+
+
+def scylla_box_iou_loss(
+    boxes1: Tensor,
+    boxes2: Tensor,
+    reduction: str = "none",
+    eps: float = 1e-7,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """See :func:`hqod_ops.scylla_box_iou_loss`."""
+    pair = _pair(boxes1, boxes2, eps)
+    eps_of_two = pair.eps[..., None]
+    far = pair.centre.abs()
+    angle = 2 * far.prod(dim=-1) / (far.square().sum(dim=-1) + pair.eps)
+    ratio = far.square() / (pair.hull.square() + eps_of_two)
+    distance = (1 - (-(2 - angle)[..., None] * ratio).exp()).sum(dim=-1)
+    longer = torch.maximum(pair.size1, pair.size2)
+    change = (pair.size1 - pair.size2).abs() / (longer + eps_of_two)
+    shape = (1 - (-change).exp()).pow(4).sum(dim=-1)
+    return _reduce(1 - pair.iou + (distance + shape) / 2, weight, reduction)
 
 
 def tcorr_loss(

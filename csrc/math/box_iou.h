@@ -39,6 +39,18 @@ HQOD_HD Sides<T> scaled(const Sides<T>& s, T factor) {
   return {s.w1 * factor, s.h1 * factor, s.w2 * factor, s.h2 * factor, s.wi * factor, s.hi * factor};
 }
 
+// Sides of the smallest box around both, not clamped.
+template <typename T>
+struct Hull {
+  T w, h;
+};
+
+template <typename T>
+HQOD_HD Hull<T> hull_of(const Box<T>& a, const Box<T>& b) {
+  return {(a.x2 > b.x2 ? a.x2 : b.x2) - (a.x1 < b.x1 ? a.x1 : b.x1),
+          (a.y2 > b.y2 ? a.y2 : b.y2) - (a.y1 < b.y1 ? a.y1 : b.y1)};
+}
+
 // How boxes whose longest side this is are scaled, and what eps is for them.
 template <typename T>
 struct Scaling {

@@ -21,18 +21,6 @@ struct GeneralizedBoxIoU {
   T d_inter, d_area, d_hull;  // slopes in I, in the area of either box, in C; shrink once more
 };
 
-// Sides of the smallest box around both, not clamped.
-template <typename T>
-struct Hull {
-  T w, h;
-};
-
-template <typename T>
-HQOD_HD Hull<T> hull_of(const Box<T>& a, const Box<T>& b) {
-  return {(a.x2 > b.x2 ? a.x2 : b.x2) - (a.x1 < b.x1 ? a.x1 : b.x1),
-          (a.y2 > b.y2 ? a.y2 : b.y2) - (a.y1 < b.y1 ? a.y1 : b.y1)};
-}
-
 template <typename T>
 HQOD_HD GeneralizedBoxIoU<T> generalized_box_iou(const Box<T>& a, const Box<T>& b, T eps) {
   const Hull<T> hull = hull_of(a, b);

@@ -58,6 +58,10 @@ LOSSES = (
     Loss("tcorr_loss", of_boxes=False),
     Loss("hqod_loss", of_boxes=True),
     Loss("generalized_box_iou_loss", of_boxes=True),
+    Loss("distance_box_iou_loss", of_boxes=True),
+    Loss("complete_box_iou_loss", of_boxes=True),
+    Loss("efficient_box_iou_loss", of_boxes=True),
+    Loss("scylla_box_iou_loss", of_boxes=True),
 )
 
 _CODES = {"variant": VARIANTS, "reduction": REDUCTIONS}

@@ -130,69 +130,6 @@ def harmonious_iou_loss(
     return _backend().harmonious_iou_loss(pred, target, alpha, gamma, weight, reduction)
 
 
-def generalized_box_iou_loss(
-    boxes1: Tensor,
-    boxes2: Tensor,
-    reduction: str = "none",
-    eps: float = 1e-7,
-    *,
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Generalized IoU loss (GIoU) of corresponding boxes: 1 - IoU, and a pull where none overlap.
-
-    ``loss = 1 - inter / (union + eps) + (hull - union) / (hull + eps)``, where hull is the area of
-    the smallest box around both and sides are clamped at 0: ``torchvision.ops``' function of this
-    name, with its arguments and, for boxes with ``x1 <= x2`` and ``y1 <= y2``, its values.
-
-    Args:
-        boxes1 (Tensor[..., 4]): boxes as (x1, y1, x2, y2), in pixels or any other unit.
-        boxes2 (Tensor[..., 4]): as many boxes, of the same dtype and device.
-        reduction (str): ``"none"``, ``"sum"`` or ``"mean"`` (the sum over the number of boxes; 0
-            for none). Default: ``"none"``
-        eps (float): added to both divisors, in squared units of the boxes. Positive: with 0, two
-            boxes without area give NaN. Default: 1e-7
-        weight (Tensor[...], optional): one factor a box. Default: None, all 1
-
-    Returns:
-        Tensor[...] or Tensor[]: values in [0, 2]; float32 for half inputs, else the dtype of the
-        inputs.
-
-    Raises:
-        ValueError: shapes differ, the last dimension is not 4, devices differ, unknown reduction.
-        TypeError: a dtype is not floating point, the dtypes differ, or eps is no number.
-
-    Gradient: to boxes1, boxes2 and weight; differentiable once. Ties and sides of length 0 as in
-    :func:`aligned_box_iou`, so boxes that touch have the gradient of their overlap, where
-    torchvision's do not. Inverted, empty and large boxes (1e20) have finite losses and gradients; a
-    box with an infinite coordinate has both finite, or the loss is NaN.
-
-    Source: H. Rezatofighi et al., *Generalized Intersection over Union* (arXiv:1902.09630).
-
-    Example:
-        >>> import torch
-        >>> from hqod_ops import generalized_box_iou_loss
-        >>> boxes = torch.tensor([[0., 0., 2., 2.]], requires_grad=True)
-        >>> loss = generalized_box_iou_loss(boxes, torch.tensor([[4., 0., 6., 2.]]), "sum")
-        >>> loss.backward()
-        >>> round(loss.item(), 4), [round(g, 4) for g in boxes.grad[0, ::2].tolist()]
-        (1.3333, [0.0556, -0.1667])
-    """
-    if _autocast(boxes1, boxes2):
-        boxes1, boxes2, weight = _widen(boxes1), _widen(boxes2), _widen(weight)
-    shape = checks.box_pair("boxes1", boxes1, "boxes2", boxes2)
-    checks.sample_weight(weight, shape, "boxes1", boxes1)
-    checks.number("eps", eps)
-    checks.choice("reduction", reduction, checks.REDUCTIONS)
-    if _debug.active():
-        _debug.boxes("boxes1", boxes1)
-        _debug.boxes("boxes2", boxes2)
-        _debug.finite("weight", weight)
-    if weight is not None and weight.requires_grad:
-        loss = _backend().generalized_box_iou_loss(boxes1, boxes2, eps=eps)
-        return _reduce(loss, weight, reduction)
-    return _backend().generalized_box_iou_loss(boxes1, boxes2, reduction, eps, weight)
-
-
 def tcorr_loss(
     scores: Tensor,
     ious: Tensor,

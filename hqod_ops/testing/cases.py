@@ -342,6 +342,37 @@ _ACTIVATION_VARIANTS = (
     ),
 )
 
+BOX_IOU_LOSSES = {
+    "generalized_box_iou_loss": hqod_ops.GeneralizedBoxIoULoss,
+    "distance_box_iou_loss": hqod_ops.DistanceBoxIoULoss,
+    "complete_box_iou_loss": hqod_ops.CompleteBoxIoULoss,
+    "efficient_box_iou_loss": hqod_ops.EfficientBoxIoULoss,
+    "scylla_box_iou_loss": hqod_ops.ScyllaBoxIoULoss,
+}
+"""torchvision's losses of boxes, and those with their arguments."""
+
+
+def _box_iou_case(name: str) -> OpCase:
+    return OpCase(
+        name=name,
+        function=getattr(hqod_ops, name),
+        reference=getattr(reference, name),
+        maker=_iou_inputs,
+        differentiable=("boxes1", "boxes2", "weight"),
+        variants=(
+            Variant("default"),
+            Variant("sum_eps", {"eps": 1e-3, "reduction": "sum"}),
+            Variant("mean", {"reduction": "mean"}),
+            Variant("weighted", {"eps": 0.5}, ("weight",)),
+            Variant("weighted_mean", {"reduction": "mean"}, ("weight",)),
+        ),
+        sizes=LOSS_SIZES,
+        layouts=LOSS_LAYOUTS,
+        module=_loss_module(BOX_IOU_LOSSES[name]),
+        is_loss=True,
+    )
+
+
 CASES: dict[str, OpCase] = {
     case.name: case
     for case in (
@@ -375,24 +406,7 @@ CASES: dict[str, OpCase] = {
             module=_loss_module(hqod_ops.HarmoniousIoULoss),
             is_loss=True,
         ),
-        OpCase(
-            name="generalized_box_iou_loss",
-            function=hqod_ops.generalized_box_iou_loss,
-            reference=reference.generalized_box_iou_loss,
-            maker=_iou_inputs,
-            differentiable=("boxes1", "boxes2", "weight"),
-            variants=(
-                Variant("default"),
-                Variant("sum_eps", {"eps": 1e-3, "reduction": "sum"}),
-                Variant("mean", {"reduction": "mean"}),
-                Variant("weighted", {"eps": 0.5}, ("weight",)),
-                Variant("weighted_mean", {"reduction": "mean"}, ("weight",)),
-            ),
-            sizes=LOSS_SIZES,
-            layouts=LOSS_LAYOUTS,
-            module=_loss_module(hqod_ops.GeneralizedBoxIoULoss),
-            is_loss=True,
-        ),
+        *[_box_iou_case(name) for name in BOX_IOU_LOSSES],
         OpCase(
             name="tcorr_loss",
             function=hqod_ops.tcorr_loss,

@@ -1,0 +1,19 @@
+#include "kernels/losses/distance_box_iou.h"
+
+#include "ops/loss.h"
+
+namespace hqod {
+namespace {
+
+struct DistanceBoxIoUOp {
+  static constexpr const char* name = "distance_box_iou_loss";
+  static constexpr Loss loss = Loss::distance_box_iou;
+  static constexpr LossInput inputs[] = {pred_input("boxes1"), target_input("boxes2")};
+  using Form = Reduced;
+  static BoxPairOptions options(double eps) { return {eps}; }
+};
+
+HQOD_LIBRARY_IMPL(m) { register_loss<DistanceBoxIoUOp>(m); }
+
+}  // namespace
+}  // namespace hqod
