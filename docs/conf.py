@@ -23,6 +23,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]  # a page that is part of another may begin at any level
 
+highlight_language = "none"  # of blocks that name none, such as trees of files
+
 html_theme = "furo"
 html_title = f"hqod_ops {release}"
 html_static_path = ["_static"]

@@ -280,25 +280,32 @@ def harmonize(
     The sum over a batch is divided as the box loss of the published method is, with no other
     weight of the library's box loss:
 
-    ===================== ============== ===================== =====================================
-    model                 p              ``"official"``        where the loss shows it
-    ===================== ============== ===================== =====================================
-    torchvision           sigmoid        sum over images of    ``losses["loss_hqod"]``
-    RetinaNet                            max(positives, 1)
-    FCOS                  sigmoid,       positives             ``losses["loss_hqod"]``
-                          no centerness
-    SSD, SSDLite          softmax        sum over images of    ``losses["loss_hqod"]``
-                                         max(positives, 1)
-    Faster, Mask and      softmax        sampled proposals     ``losses["loss_hqod"]``
-    Keypoint R-CNN
-    Ultralytics YOLO      sigmoid        sum of the assigner's in the box loss, times the batch size
-    v8, 11, v10, 26                      target scores         as that; items gain ``"hqod_loss"``
-    Transformers DETR     softmax        the library's number  in ``loss``; ``loss_dict`` gains
-                                         of boxes              ``"loss_hqod"``
-    Deformable DETR,      sigmoid        the same              the same
-    RT-DETR, RT-DETRv2,
-    D-FINE
-    ===================== ============== ===================== =====================================
+    +-----------------------+-------------+-----------------------+--------------------------------+
+    | model                 | p           | ``"official"``        | where the loss shows it        |
+    +=======================+=============+=======================+================================+
+    | torchvision RetinaNet | sigmoid     | sum over images of    | ``losses["loss_hqod"]``        |
+    |                       |             | max(positives, 1)     |                                |
+    +-----------------------+-------------+-----------------------+--------------------------------+
+    | FCOS                  | sigmoid, no | positives             | ``losses["loss_hqod"]``        |
+    |                       | centerness  |                       |                                |
+    +-----------------------+-------------+-----------------------+--------------------------------+
+    | SSD, SSDLite          | softmax     | sum over images of    | ``losses["loss_hqod"]``        |
+    |                       |             | max(positives, 1)     |                                |
+    +-----------------------+-------------+-----------------------+--------------------------------+
+    | Faster, Mask and      | softmax     | sampled proposals     | ``losses["loss_hqod"]``        |
+    | Keypoint R-CNN        |             |                       |                                |
+    +-----------------------+-------------+-----------------------+--------------------------------+
+    | Ultralytics YOLO      | sigmoid     | sum of the assigner's | in the box loss, times the     |
+    | v8, 11, v10, 26       |             | target scores         | batch size as that; items gain |
+    |                       |             |                       | ``"hqod_loss"``                |
+    +-----------------------+-------------+-----------------------+--------------------------------+
+    | Transformers DETR     | softmax     | the library's number  | in ``loss``; ``loss_dict`` has |
+    |                       |             | of boxes              | ``"loss_hqod"``                |
+    +-----------------------+-------------+-----------------------+--------------------------------+
+    | Deformable DETR,      | sigmoid     | the same              | the same                       |
+    | RT-DETR, RT-DETRv2,   |             |                       |                                |
+    | D-FINE                |             |                       |                                |
+    +-----------------------+-------------+-----------------------+--------------------------------+
 
     Divisors are at least 1 and of this process alone, as those of the libraries are (DETR's own
     number of boxes is averaged over processes). The terms are on the last decoder layer of a DETR,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
 from pathlib import Path
@@ -62,3 +63,32 @@ def test_links(page: Path) -> None:
     targets = LINK.findall(page.read_text(encoding="utf-8"))
     paths = [page.parent / target for target in targets if "://" not in target]
     assert [path for path in paths if not path.exists()] == []
+
+
+def rows(page: Path) -> dict[str, list[str]]:
+    """The rows of a page's tables, by their first cell."""
+    lines = re.findall(r"^\| (.+) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    split = ([cell.strip() for cell in line.split("|")] for line in lines)
+    return {cells[0]: cells[1:] for cells in split}
+
+
+def test_numbers_of_the_readme_are_those_of_the_benchmarks() -> None:
+    """README repeats some cells of the tables in docs/benchmarks.md."""
+    whole = rows(ROOT / "docs" / "benchmarks.md")
+    shown = {name: cells for name, cells in rows(PAGES[0]).items() if re.search(r"\d", cells[0])}
+    assert shown
+    for name, cells in shown.items():
+        for cell in cells:
+            assert any(
+                full.startswith(re.sub(" (bytes|tensors).*", "", cell)) for full in whole[name]
+            ), name
+
+
+@pytest.mark.require("torchvision", "pycocotools", "sklearn", "matplotlib")
+@pytest.mark.parametrize("module", ["", ".quant", ".quant.tuning", ".integrations", ".detection"])
+def test_every_public_name_is_in_the_api(module: str) -> None:
+    text = "".join(
+        page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md")
+    )
+    names = set(importlib.import_module(f"hqod_ops{module}").__all__) - {"__version__"}
+    assert names <= set(re.findall(r"^\.\. \w+:: (?:[\w.]+\.)?(\w+)$", text, re.MULTILINE))
