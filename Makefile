@@ -48,7 +48,7 @@ LIBRARY := hqod_ops/lib/libhqod_ops.so
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 .PHONY: demo
 demo: $(VENV)/.installed ## train a detector, quantize it with and without HQOD, show what came out
