@@ -16,7 +16,7 @@ from hqod_ops import reference
 from hqod_ops.testing.cases import BOX_IOU_LOSSES, DTYPES
 from hqod_ops.testing.device import on_device
 from hqod_ops.testing.oracle import assert_same_bits
-from python_tests.ops.test_generalized_box_iou import EDGES, hard_pairs, samples
+from python_tests.ops.boxes.test_generalized_box_iou import EDGES, hard_pairs, samples
 
 F64 = torch.float64
 NAMES = [name for name in BOX_IOU_LOSSES if name != "generalized_box_iou_loss"]
