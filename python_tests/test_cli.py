@@ -65,9 +65,13 @@ def test_train_quantize_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFi
     assert json.loads((tmp_path / "fp32" / "config.json").read_text())["seed"] == 3
 
     assert main(["eval", str(tmp_path / "w2"), "--quiet"]) == 0
-    lines = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    lines = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     result = json.loads((tmp_path / "w2" / "result.json").read_text())
-    assert float(lines["AP"]) == pytest.approx(result["AP"], abs=1e-4)
+    assert float(lines["AP"]) == pytest.approx(100 * result["AP"], abs=0.06)
+    assert [line for line in lines if line.startswith("AP of ")][::9] == ["AP of 0", "AP of 9"]
+    assert main(["eval", str(tmp_path / "w2"), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["AP"] == pytest.approx(result["AP"], abs=1e-6) and "AP/9" in data
 
     out = tmp_path / "out"
     assert main(["report", str(tmp_path), "--output", str(out)]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import json
 import os
 import shlex
 import signal
@@ -105,15 +106,18 @@ def _test_images(arguments: argparse.Namespace, data: Any) -> Any:
 def _eval(arguments: argparse.Namespace) -> int:
     from hqod_ops.training.build import choose_device, load_detector
     from hqod_ops.training.data import check_categories
-    from hqod_ops.training.evaluate import evaluate
+    from hqod_ops.training.evaluate import evaluate, metric_lines
 
     model, config, categories = load_detector(arguments.checkpoint)
     dataset = _test_images(arguments, config.data)
     check_categories("--data", "of the model", categories, dataset.categories)
     model = model.to(choose_device(arguments.device or "auto"))
-    metrics, _ = evaluate(model, dataset, workers=config.data.workers, progress=not arguments.quiet)
-    for name, value in metrics.items():
-        print(f"{name:12} {value:.4f}" if isinstance(value, float) else f"{name:12} {value}")
+    workers, progress = config.data.workers, not (arguments.quiet or arguments.json)
+    metrics, _ = evaluate(model, dataset, workers=workers, progress=progress, categories=True)
+    if arguments.json:
+        print(json.dumps({k: None if v != v else v for k, v in metrics.items()}))
+    else:
+        print(*metric_lines(metrics), sep="\n")
     return 0
 
 
@@ -290,6 +294,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", type=Path, help="checkpoint, or directory of a run")
     data(evaluate, "default: the data of the run")
     evaluate.add_argument("--device", help="auto, cpu, cuda, cuda:1, ...")
+    evaluate.add_argument("--json", action="store_true", help="the same as data, in [0, 1]")
     shared(evaluate)
 
     export = command("export", _export, "Write the network of a quantized run as ONNX.")

@@ -1,8 +1,9 @@
-"""COCO's detection metrics, by pycocotools."""
+"""COCO's detection metrics, by pycocotools or, where it is installed, by faster-coco-eval."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import math
 from collections.abc import Sequence
@@ -78,26 +79,55 @@ def coco_results(
     return results
 
 
+EVALUATORS = ("faster-coco-eval", "pycocotools")
+"""What can count, the fast one first."""
+
+
+def _classes(evaluator: str | None) -> tuple[Any, Any]:
+    """The classes of an evaluator that read annotations and that count."""
+    if evaluator not in (None, *EVALUATORS):
+        names = ", ".join(map(repr, EVALUATORS))
+        raise ValueError(f"evaluator: expected one of {names} or None, got {evaluator!r}")
+    if evaluator != "pycocotools":
+        try:
+            fast = importlib.import_module("faster_coco_eval")
+            return fast.COCO, fast.COCOeval_faster
+        except ImportError:
+            if evaluator is not None:
+                require("faster_coco_eval", "faster-coco-eval")
+    return require("pycocotools.coco").COCO, require("pycocotools.cocoeval").COCOeval
+
+
 def evaluate_coco(
-    ground_truth: dict[str, Any], detections: Sequence[dict[str, Any]]
+    ground_truth: dict[str, Any],
+    detections: Sequence[dict[str, Any]],
+    *,
+    categories: bool = False,
+    evaluator: str | None = None,
 ) -> dict[str, float]:
     """COCO's metrics of a set of detections.
+
+    faster-coco-eval gives pycocotools' numbers, sooner and with less memory
+    (``benchmarks/evaluators.py``); pycocotools stands in where it is not installed.
 
     Args:
         ground_truth (dict): annotations in COCO's format, such as
             :attr:`DetectionDataset.coco_ground_truth`. All its images count.
         detections (sequence of dict): ``image_id``, ``category_id``, ``bbox`` (x, y, width, height
             in pixels) and ``score``, as :func:`coco_results` gives them; there may be none.
+        categories (bool): the AP of every category too. Default: False
+        evaluator (str, optional): ``"faster-coco-eval"`` or ``"pycocotools"``. Default: None, the
+            first of them that is installed
 
     Returns:
         dict[str, float]: in [0, 1], NaN where there is no such ground truth: ``AP`` (the mean over
         IoU 0.5 to 0.95 and categories), ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl`` (below 32**2,
         up to 96**2, above, in square pixels), ``AR1``, ``AR10`` and ``AR`` (recall with 1, 10 and
-        100 detections an image).
+        100 detections an image); with categories ``AP/<name>`` for each, in their order.
 
     Raises:
-        ValueError: a detection names an unknown image or category.
-        ImportError: pycocotools is missing.
+        ValueError: a detection names an unknown image or category, or there is no such evaluator.
+        ImportError: the evaluator is missing.
 
     Source: COCO (arXiv:1405.0312), https://cocodataset.org/#detection-eval.
 
@@ -107,8 +137,7 @@ def evaluate_coco(
         >>> evaluate_coco(DigitScenes("val", num_images=4).coco_ground_truth, [])["AP"]
         0.0
     """
-    coco_class = require("pycocotools.coco").COCO
-    evaluator_class = require("pycocotools.cocoeval").COCOeval
+    coco_class, evaluator_class = _classes(evaluator)
     image_ids = {image["id"] for image in ground_truth["images"]}
     category_ids = {category["id"] for category in ground_truth["categories"]}
     results = []
@@ -127,13 +156,21 @@ def evaluate_coco(
         truth.createIndex()
         found.dataset = {**ground_truth, "annotations": results}
         found.createIndex()
-        evaluator = evaluator_class(truth, found, "bbox")
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    statistics = np.asarray(evaluator.stats, dtype=np.float64)
+        counted = evaluator_class(truth, found, "bbox")
+        counted.evaluate()
+        counted.accumulate()
+        counted.summarize()
+    statistics = np.asarray(counted.stats, dtype=np.float64)
     # COCOeval marks what cannot be measured by -1.
-    return {
+    metrics = {
         name: float(statistics[place]) if statistics[place] >= 0 else math.nan
         for name, place in METRICS.items()
     }
+    if categories:
+        # By threshold, recall, category, range of areas (all of them first) and 1, 10 or 100.
+        precision = np.asarray(counted.eval["precision"])[:, :, :, 0, -1]
+        names = {category["id"]: category["name"] for category in ground_truth["categories"]}
+        for k, category in enumerate(counted.params.catIds):
+            values = precision[:, :, k][precision[:, :, k] >= 0]
+            metrics[f"AP/{names[category]}"] = float(values.mean()) if values.size else math.nan
+    return metrics

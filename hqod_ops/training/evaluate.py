@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,15 @@ from hqod_ops.training.data import workers_watched
 from hqod_ops.training.engine import from_first, rank, world
 from hqod_ops.training.progress import progress_bar
 
+HEADINGS = {
+    "pearson": "score-IoU correlation",
+    "gap": "mean abs(score - IoU)",
+    "score_shift": "score shift",
+    "f1": "F1 at the float run's threshold",
+}
+"""What tables call a figure, where it is not its name."""
+
+_NOT_OF_100 = ("num_matches", "pearson", "spearman", "gap")
 _EVALUATION_BATCH = 64
 _NOTHING = object()
 
@@ -71,7 +80,12 @@ def _on_cpu(found: Detections, image: Tensor) -> Detections:
 
 
 def evaluate(
-    model: Detector, dataset: DetectionDataset, *, workers: int = 0, progress: bool = True
+    model: Detector,
+    dataset: DetectionDataset,
+    *,
+    workers: int = 0,
+    progress: bool = True,
+    categories: bool = False,
 ) -> tuple[dict[str, float], HarmonyReport]:
     """COCO's metrics and the agreement of scores and IoUs.
 
@@ -83,6 +97,7 @@ def evaluate(
         dataset (DetectionDataset): images with ground truth.
         workers (int): processes that load images. Default: 0
         progress (bool): show a progress bar where the output is a terminal. Default: True
+        categories (bool): the AP of every category too. Default: False
 
     Returns:
         tuple: the metrics of :func:`hqod_ops.detection.evaluate_coco` with those of the
@@ -96,7 +111,8 @@ def evaluate(
         scored: tuple[dict[str, float], HarmonyReport] = from_first(None)
         return scored
     outputs, targets = ([*_interleaved([part[k] for part in parts])] for k in (0, 1))
-    metrics = evaluate_coco(dataset.coco_ground_truth, coco_results(outputs, targets))
+    results = coco_results(outputs, targets)
+    metrics = evaluate_coco(dataset.coco_ground_truth, results, categories=categories)
     harmony = harmony_report(outputs, targets)
     scored = {**metrics, **harmony.as_dict()}, harmony
     from_first(scored)
@@ -107,3 +123,29 @@ def _interleaved(parts: Sequence[Sequence[Any]]) -> Iterator[Any]:
     """Every n-th item of each of n parts, in the order of the whole."""
     for row in itertools.zip_longest(*parts, fillvalue=_NOTHING):
         yield from (item for item in row if item is not _NOTHING)
+
+
+def metric_lines(metrics: Mapping[str, float]) -> Iterator[str]:
+    """The figures of :func:`evaluate` for people: COCO's of 100, with the words of the tables.
+
+    Args:
+        metrics (mapping): figures by name.
+
+    Yields:
+        str: a line each.
+
+    Example:
+        >>> from hqod_ops.training.evaluate import metric_lines
+        >>> print(*metric_lines({"AP": 0.1992, "pearson": 0.7, "AP/cat": 0.25}), sep="\\n")
+        AP                       19.9
+        score-IoU correlation    0.700
+        AP of cat                25.0
+    """
+    for name, value in metrics.items():
+        kind, _, category = name.partition("/")
+        words = f"{kind} of {category}" if category else HEADINGS.get(name, name)
+        if isinstance(value, int):
+            shown = str(value)
+        else:
+            shown = f"{value:.3f}" if name in _NOT_OF_100 else f"{100 * value:.1f}"
+        yield f"{words:24} {shown}"

@@ -19,7 +19,7 @@ from hqod_ops.quant.config import FLOAT_BITS
 from hqod_ops.training import ConfigError
 from hqod_ops.training.build import load_detector
 from hqod_ops.training.data import open_data
-from hqod_ops.training.evaluate import predict
+from hqod_ops.training.evaluate import HEADINGS, predict
 from hqod_ops.training.files import HARMONY, RESULT, read_result
 
 COLUMNS = {"AP": 100.0, "AP50": 100.0, "AP75": 100.0, "pearson": 1.0, "gap": 1.0}
@@ -27,13 +27,6 @@ COLUMNS = {"AP": 100.0, "AP50": 100.0, "AP75": 100.0, "pearson": 1.0, "gap": 1.0
 
 FIDELITY = {"score_shift": 1.0, "f1": 100.0}
 """Columns that need the float run: :meth:`hqod_ops.detection.harmony.HarmonyReport.fidelity`."""
-
-_HEADINGS = {
-    "pearson": "score-IoU correlation",
-    "gap": "mean abs(score - IoU)",
-    "score_shift": "score shift",
-    "f1": "F1 at the float run's threshold",
-}
 
 _SHOWN = 8
 """Test images in the picture of detections."""
@@ -235,7 +228,7 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """
     several = any(row["runs"] > 1 for row in rows)
     columns = _columns(rows)
-    heads = ["model", *(_HEADINGS.get(c, c) for c in columns), *(["runs"] if several else [])]
+    heads = ["model", *(HEADINGS.get(c, c) for c in columns), *(["runs"] if several else [])]
     lines = ["| " + " | ".join(heads) + " |", "| --- " + "| ---: " * (len(heads) - 1) + "|"]
     for row in rows:
         cells = [str(row["label"]), *(_cell(row[c], factor) for c, factor in columns.items())]

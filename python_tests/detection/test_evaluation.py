@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hqod_ops.detection.data import DigitScenes
 from hqod_ops.detection.data.coco_format import Annotation, coco_dict
 from hqod_ops.detection.evaluation import METRICS, coco_results, evaluate_coco
 
-pytestmark = pytest.mark.require("pycocotools", "sklearn")
+pytestmark = pytest.mark.require("pycocotools", "faster_coco_eval", "sklearn")
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +123,58 @@ def test_bad_input(data: DigitScenes) -> None:
         evaluate_coco(data.coco_ground_truth, [found])
     with pytest.raises(ValueError, match="category_id of the ground truth, got 10"):
         evaluate_coco(data.coco_ground_truth, [{**found, "image_id": 0, "category_id": 10}])
+
+
+def random_scene(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Boxes of five classes, one without objects, some in crowds; detections with tied scores."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=draw))
+
+    images = [{"id": i, "file_name": f"{i}", "width": 300, "height": 300} for i in range(12)]
+    truth, found = coco_dict(list("abcde"), images, []), []
+    for image in images:
+        for _ in range(number(0, 9)):
+            box = [float(number(0, 150)), float(number(0, 150)), *(float(number(4, 140)),) * 2]
+            label = number(0, 4)
+            entry = {"image_id": image["id"], "category_id": label, "bbox": box}
+            truth["annotations"].append(
+                {**entry, "id": len(truth["annotations"]) + 1, "area": box[2] * box[3]}
+                | {"iscrowd": int(number(0, 6) == 0)}
+            )
+            for _ in range(number(0, 3)):
+                moved = [value + number(-9, 10) for value in box[:2]] + box[2:]
+                score = number(1, 8) / 8
+                label = label if number(0, 5) else number(0, 5)
+                found.append({**entry, "category_id": label, "bbox": moved, "score": score})
+    return truth, found
+
+
+@pytest.mark.numeric
+@pytest.mark.parametrize("seed", range(8))
+def test_evaluators_agree(seed: int) -> None:
+    """The fast one has the slow one's numbers, to the last bit or two, of each category too."""
+    truth, found = random_scene(seed)
+    fast, slow = (
+        evaluate_coco(truth, found, categories=True, evaluator=name)
+        for name in ("faster-coco-eval", "pycocotools")
+    )
+    assert list(fast) == list(slow) == [*METRICS, *(f"AP/{name}" for name in "abcde")]
+    assert fast == pytest.approx(slow, rel=1e-12, nan_ok=True)
+    assert 0 < fast["AP"] < 1 and math.isnan(fast["AP/e"])
+    mean = [value for name, value in fast.items() if "/" in name and value == value]
+    assert fast["AP"] == pytest.approx(sum(mean) / len(mean))
+
+
+def test_unknown_evaluator() -> None:
+    with pytest.raises(ValueError, match="evaluator: expected one of .*'pycocotools' or None"):
+        evaluate_coco(*random_scene(0), evaluator="coco")
+
+
+def test_without_the_fast_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = evaluate_coco(*random_scene(0))
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert evaluate_coco(*random_scene(0)) == pytest.approx(wanted, nan_ok=True)
+    with pytest.raises(ImportError, match=r"faster-coco-eval is needed .*hqod_ops\[detection\]"):
+        evaluate_coco(*random_scene(0), evaluator="faster-coco-eval")
