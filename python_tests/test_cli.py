@@ -280,7 +280,8 @@ def test_info_needs_the_core_alone() -> None:
     """Each command imports what it needs: info says what is missing."""
     code = """
 import sys
-for name in ("tomllib", "tomli", "torchvision", "PIL", "sklearn", "pycocotools", "rich", "msgspec"):
+for name in ("tomllib", "tomli", "torchvision", "PIL", "sklearn", "rich", "msgspec",
+             "pycocotools", "faster_coco_eval"):
     sys.modules[name] = None
 from hqod_ops.cli import main
 sys.exit(main(["info"]))

@@ -32,7 +32,7 @@ BAD_INPUT = 2
 _OPTIONS = (
     *("name", "seed", "init", "device", "data.source", "quant.bits", "loss.hqod"),
     *("schedule.epochs", "schedule.batch_size", "schedule.lr", "schedule.accumulate"),
-    *("engine.precision", "engine.compile", "data.workers", "distill.teacher"),
+    *("engine.precision", "engine.compile", "data.workers", "data.unreadable", "distill.teacher"),
 )
 """Settings that are options of ``hqod train`` too; each is the destination of its option."""
 
@@ -282,6 +282,10 @@ def _parser() -> argparse.ArgumentParser:
     compiled = "torch.compile the network"
     option("--compile", dest="engine.compile", action=hqod, default=None, help=compiled)
     option("--workers", dest="data.workers", type=int, metavar="N", help="that load images")
+    skip = "leave image files out that cannot be read"
+    option(
+        "--skip-unreadable", dest="data.unreadable", action="store_const", const="skip", help=skip
+    )
     every = "any setting; hqod settings lists them all"
     option("--set", action="append", default=[], metavar="TABLE.SETTING=VALUE", help=every)
     train.add_argument("--runs", type=Path, default=Path("runs"), help="directory of all runs")

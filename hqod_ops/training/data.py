@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from hqod_ops.detection.data import (
     Resize,
     open_dataset,
 )
-from hqod_ops.detection.data.dataset import Target
+from hqod_ops.detection.data.dataset import Target, logger
 from hqod_ops.detection.data.files import FileDataset
 from hqod_ops.training import ConfigError, WorkerError
+from hqod_ops.training.engine import from_first, rank
+from hqod_ops.training.progress import progress_bar
 from hqod_ops.training.settings import DataConfig
 
 _DIGITS = 96
@@ -29,6 +32,8 @@ _MULTIPLE = 32
 """Of the shorter side that is chosen for images: the stride of the deeper detectors."""
 _LONGEST = 640
 """The longest shorter side that is chosen."""
+_NAMED = 20
+"""Unreadable images that are named, at most."""
 
 
 def open_data(config: DataConfig, *, train: bool = False) -> DetectionDataset:
@@ -69,6 +74,8 @@ def open_data(config: DataConfig, *, train: bool = False) -> DetectionDataset:
         )
         if size == "auto" and isinstance(data, FileDataset):
             data.resize = _typical_size(data, config.max_side)
+        if config.unreadable == "skip":
+            check_images(data, config)
         if train:
             data.require_boxes()
         return data
@@ -119,6 +126,41 @@ def image_shape(dataset: DetectionDataset) -> tuple[int, int]:
         return height, width
     height, width = dataset.load(0)[0].shape[1:]
     return height, width
+
+
+def check_images(dataset: DetectionDataset, config: DataConfig, *, progress: bool = True) -> None:
+    """Look at every image file before hours are spent, as ``data.unreadable`` says.
+
+    In a distributed run every process calls it; the first one looks.
+
+    Args:
+        dataset (DetectionDataset): images; nothing is to be done unless they are files.
+        config (DataConfig): with ``unreadable``.
+        progress (bool): show a progress bar where the output is a terminal. Default: True
+
+    Raises:
+        DataError: files cannot be read; the message names them.
+    """
+    if not isinstance(dataset, FileDataset) or config.unreadable == "unchecked":
+        return
+    found: dict[int, str] | None = None
+    if rank() == 0:
+        with progress_bar("check images", len(dataset), enabled=progress) as advance:
+            found = dataset.unreadable(lambda path: advance(""))
+    found = from_first(found)
+    if not found:
+        return
+    text = next(iter(found.values()))
+    also = [Path(dataset.paths[index]).name for index in found][1:]
+    if also:
+        text += f"; also {', '.join(also[:_NAMED])}"
+    if len(also) > _NAMED:
+        text += f" and {len(also) - _NAMED} more"
+    if config.unreadable == "error":
+        raise DataError(f"{text}; --skip-unreadable (data.unreadable) leaves such images out")
+    count = f"{len(found)} of {len(dataset)} images"
+    logger.warning("%s: %s left out: %s", dataset.source, count, text)
+    dataset.leave_out(found)
 
 
 def described(train: DetectionDataset, test: DetectionDataset) -> str:

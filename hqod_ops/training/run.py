@@ -20,7 +20,13 @@ from hqod_ops.training.build import (
     quantize,
     set_scales,
 )
-from hqod_ops.training.data import check_categories, described, open_data, settled
+from hqod_ops.training.data import (
+    check_categories,
+    check_images,
+    described,
+    open_data,
+    settled,
+)
 from hqod_ops.training.engine import processes, rank, sync_norms
 from hqod_ops.training.evaluate import evaluate
 from hqod_ops.training.files import (
@@ -37,7 +43,10 @@ from hqod_ops.training.reading import from_dict, to_dict
 from hqod_ops.training.settings import RunConfig
 from hqod_ops.training.trainer import Trainer
 
-_MAY_CHANGE = {"name", "device", "data.workers", "engine.backend", "engine.checkpoint_minutes"}
+_MAY_CHANGE = {
+    *("name", "device", "data.workers", "data.unreadable"),
+    *("engine.backend", "engine.checkpoint_minutes"),
+}
 """Settings that a resumed run may change: at most its rounding differs then."""
 
 
@@ -145,6 +154,9 @@ class Run:
         check_categories(
             "data.test_split", "of data.train_split", dataset.categories, test.categories
         )
+        if config.data.unreadable == "error":
+            for images in (dataset, test):
+                check_images(images, config.data, progress=progress)
         if self._state is not None:
             self._check_images(dataset)
         if say is not None:

@@ -51,6 +51,9 @@ class DataConfig:
             say them or says too many; empty takes those of the data.
         orientation (str): of photographs with an EXIF orientation: "auto" turns a picture where the
             annotated size asks for it or leaves it open, "exif" always, "stored" never.
+        unreadable (str): what to do about image files that cannot be read, which are looked for
+            before a training: "error" names them all, "skip" leaves them out, of the test images
+            too, "unchecked" does not look.
         flip (bool): mirror every second training image, where the data set allows it.
         train_images (int), test_images (int): scenes to train and to test on (digits).
         max_objects (int): most objects a scene (digits).
@@ -69,6 +72,7 @@ class DataConfig:
     max_side: WholeNumber = 0
     categories: tuple[str, ...] = ()
     orientation: Literal["auto", "exif", "stored"] = "auto"
+    unreadable: Literal["error", "skip", "unchecked"] = "error"
     flip: bool = True
     train_images: Count = 8000
     test_images: Count = 500

@@ -6,7 +6,8 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -306,6 +307,57 @@ class FileDataset(DetectionDataset):
         }
         size = (full_width, full_height), (width, height)
         return read_image(self.paths[index], *size, self.orientation), target
+
+    def unreadable(self, seen: Callable[[str], object] | None = None) -> dict[int, str]:
+        """Images that cannot be loaded: every file is read whole, by as many threads as processors.
+
+        Args:
+            seen (callable, optional): called with the path of each image that was looked at.
+                Default: None
+
+        Returns:
+            dict[int, str]: why not, by the image's place.
+        """
+
+        def fault(index: int) -> str | None:
+            width, height = self.sizes[index].tolist()
+            try:
+                read_image(self.paths[index], (width, height), (width, height), self.orientation)
+            except DataError as error:
+                return str(error)
+            return None
+
+        found: dict[int, str] = {}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for index, message in enumerate(pool.map(fault, range(len(self)))):
+                if message is not None:
+                    found[index] = message
+                if seen is not None:
+                    seen(self.paths[index])
+        return found
+
+    def leave_out(self, images: Iterable[int]) -> None:
+        """Leave out images, with their objects; the others keep their ids.
+
+        Args:
+            images (iterable of int): their places.
+
+        Raises:
+            DataError: none would be left.
+        """
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[list(images)] = False
+        if not kept.any():
+            raise DataError(f"{self.source}: no image is left")
+        owners = torch.arange(len(self)).repeat_interleave(self._starts.diff())
+        mine = kept[owners]
+        self.paths = [path for path, keep in zip(self.paths, kept.tolist(), strict=True) if keep]
+        self._starts = torch.cat([self._starts[:1], self._starts.diff()[kept].cumsum(0)])
+        self._ids, self.sizes = self._ids[kept], self.sizes[kept]
+        self._boxes, self._labels = self._boxes[mine], self._labels[mine]
+        self._crowds, self._areas = self._crowds[mine], self._areas[mine]
+        owners = torch.arange(len(self)).repeat_interleave(self._starts.diff())
+        self.box_counts = self._count(owners, Counter())
 
     def _orient(self) -> None:
         """Set the sizes of the picture that the user chose, where that of the other is given."""
