@@ -1,4 +1,4 @@
-"""Low bits without loss: what a trained model and unlabelled images can do for few bits."""
+"""Few bits: what a trained model and unlabelled images can do for few bits."""
 
 from hqod_ops.quant.tuning.batch_norm import reestimate_batch_norm
 from hqod_ops.quant.tuning.bias import correct_bias
