@@ -1,4 +1,4 @@
-"""Few bits: what a trained model and unlabelled images can do for few bits."""
+"""What a trained model and unlabelled images can do in few bits."""
 
 from hqod_ops.quant.tuning.batch_norm import reestimate_batch_norm
 from hqod_ops.quant.tuning.bias import correct_bias
