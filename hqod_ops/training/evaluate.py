@@ -144,8 +144,8 @@ def metric_lines(metrics: Mapping[str, float]) -> Iterator[str]:
     for name, value in metrics.items():
         kind, _, category = name.partition("/")
         words = f"{kind} of {category}" if category else HEADINGS.get(name, name)
-        if isinstance(value, int):
-            shown = str(value)
+        if isinstance(value, int) or value != value:
+            shown = str(value) if value == value else "-"
         else:
             shown = f"{value:.3f}" if name in _NOT_OF_100 else f"{100 * value:.1f}"
         yield f"{words:24} {shown}"

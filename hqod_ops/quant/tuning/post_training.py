@@ -28,6 +28,7 @@ from hqod_ops.quant.summary import summary
 from hqod_ops.quant.tuning.batch_norm import estimated_norms, reestimate_batch_norm
 from hqod_ops.quant.tuning.bias import correct_bias
 from hqod_ops.quant.tuning.rounding import PartResult, learn_rounding
+from hqod_ops.quant.tuning.running import require_batches
 from hqod_ops.quant.tuning.signal import decibel, noise_of, outputs_of
 from hqod_ops.tables import text_table
 
@@ -143,10 +144,10 @@ def quantize(
     if not isinstance(learn, (bool, Mapping)):
         raise TypeError(f"learn: expected a bool or a mapping of arguments, got {learn!r}")
     held = list(batches)
+    require_batches(len(held))  # before the model is changed
     float_model = copy.deepcopy(model).eval()
     config = _with_least_error(get_config(config))
-    example = held[0] if held else None
-    prepare_qat(model, config, first=first, prediction=prediction, example=example)
+    prepare_qat(model, config, first=first, prediction=prediction, example=held[0])
     model.eval()
     watch = _Clock(model, float_model, held[:CHECKED], forward)
 

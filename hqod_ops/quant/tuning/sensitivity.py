@@ -19,6 +19,7 @@ from hqod_ops.extras import requirer
 from hqod_ops.quant.batches import check_run, evaluating
 from hqod_ops.quant.calibrate import calibrate
 from hqod_ops.quant.config import QATConfig
+from hqod_ops.quant.config.plan import float_layers
 from hqod_ops.quant.nn.layers import QATLayer
 from hqod_ops.quant.prepare import prepare_qat
 from hqod_ops.quant.quantizers import Quantizer
@@ -195,6 +196,7 @@ def sensitivity(
             raise ValueError(f"kinds: expected {' or '.join(KINDS)}, got {kind!r}")
     held = list(batches)
     require_batches(len(held))
+    float_layers(model)  # an error, where it is prepared already
     with evaluating(model), _by_batch(model, reestimate):
         reference = outputs_of(model, held, forward)
     with evaluating(model):

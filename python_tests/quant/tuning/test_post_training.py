@@ -74,8 +74,11 @@ def test_a_step_that_makes_it_worse_is_taken_back(monkeypatch: pytest.MonkeyPatc
 
 
 def test_no_batches() -> None:
+    model = trained()
+    kinds = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match="at least one batch"):
-        quantize(trained(), [], CONFIG, progress=False)
+        quantize(model, [], CONFIG, progress=False)
+    assert [type(module) for module in model.modules()] == kinds  # it is as it was
 
 
 @pytest.mark.require("onnx", "onnxruntime", "onnxscript")

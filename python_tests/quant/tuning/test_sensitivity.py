@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from hqod_ops.quant import QATConfig, plan_qat
+from hqod_ops.quant import QATConfig, plan_qat, prepare_qat
 from hqod_ops.quant.tuning import (
     LayerSensitivity,
     Sensitivity,
@@ -109,6 +109,8 @@ def test_rules_come_after_those_of_the_configuration(found: Sensitivity) -> None
 def test_bad_input(found: Sensitivity) -> None:
     with pytest.raises(ValueError, match="at least one batch"):
         sensitivity(trained(), [])
+    with pytest.raises(ValueError, match="expected a float model"):
+        sensitivity(prepare_qat(trained(), first=(), prediction=()), images(1))
     with pytest.raises(ValueError, match="kinds: expected weight or act, got 'bias'"):
         sensitivity(trained(), images(1), kinds=("bias",))
     with pytest.raises(ValueError, match="exactly one of"):
